@@ -1,0 +1,114 @@
+"""Causal attention within segments: one function, the platform's best kernel.
+
+``blockwise`` is plain XLA and runs anywhere; ``cudnn`` (NVIDIA) and ``splash`` (TPU) are those platforms' fused kernels.
+Left out on purpose: attention that is not causal, biases, and caches for decoding.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from luthier import mesh as mesh_lib
+from luthier.errors import UserError
+from luthier.model.attention_blockwise import blockwise
+from luthier.model.attention_splash import splash
+
+Kernel = Callable[..., jax.Array]
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    implementation: str = "auto",
+    scale: float | None = None,
+    window: int | None = None,
+) -> jax.Array:
+    """Return ``[B, T, N, H]``: each token attends to the tokens of its segment up to itself, by their order in the row.
+
+    Queries may have more heads than keys and values (N a multiple of K; Ainslie et al., arXiv 2305.13245). Padding is
+    segment 0 and attends to padding. ``segments_BT`` None says that rows hold one segment each, padded on the right
+    if at all, which saves the masks. ``window`` limits attention to that many tokens, the token itself included;
+    ``scale`` multiplies scores (default ``H ** -0.5``).
+
+    Raises UserError where ``implementation`` ("auto", "blockwise", "cudnn" or "splash") cannot run here.
+    """
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    kernel = functools.partial(_kernel(implementation, q_BTNH), scale=scale, window=window)
+    with jax.named_scope("attention_kernel"):
+        return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def _kernel(implementation: str, q_BTNH: jax.Array) -> Kernel:
+    platform, head_dim = mesh_lib.platform(), q_BTNH.shape[-1]
+    cudnn_fits = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    if implementation == "auto":
+        best = {"gpu": "cudnn" if cudnn_fits else "blockwise", "tpu": "splash"}
+        implementation = best.get(platform, "blockwise")
+    if implementation == "cudnn" and (platform != "gpu" or not cudnn_fits):
+        raise UserError(
+            f"attention=cudnn: needs an NVIDIA GPU, bfloat16 and a head size up to 128 that is a multiple of 8; here are "
+            f"a {platform}, {q_BTNH.dtype} and {head_dim}. Use attention=auto."
+        )
+    if implementation == "splash" and platform != "tpu":
+        raise UserError(f"attention=splash: needs a TPU, this is a {platform}. Use attention=auto.")
+    return {"blockwise": blockwise, "cudnn": cudnn, "splash": splash}[implementation]
+
+
+def cudnn(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    """Return attention by cuDNN's fused kernel; the mask of packed rows is ``[B, 1, T, T]``, the scores are never whole."""
+    length = q_BTNH.shape[1]
+    if length % 2 and segments_BT is not None:  # cuDNN takes masks of even size alone
+        pad = ((0, 0), (0, 1))
+        q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, (*pad, (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
+        segments_BT = jnp.pad(segments_BT, pad)
+    mask = None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    o_BTNH = jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        mask=mask,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return o_BTNH[:, :length]
+
+
+def _over_mesh(
+    kernel: Kernel, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+    """Run ``kernel`` on each device's rows and heads; both are independent, so no device needs another's."""
+    mesh = mesh_lib.current()
+    if mesh is None or mesh.size == 1:
+        return kernel(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    batch = mesh_lib.BATCH_AXES if q_BTNH.shape[0] % mesh_lib.batch_shards(mesh) == 0 else None
+    heads = None
+    if q_BTNH.shape[2] % mesh.shape["tensor"] == 0:
+        # Fewer KV heads than devices: each is repeated until every device has the one its queries share.
+        kv_heads = math.lcm(k_BSKH.shape[2], mesh.shape["tensor"])
+        if q_BTNH.shape[2] % kv_heads == 0:
+            heads = "tensor"
+            k_BSKH, v_BSKH = (jnp.repeat(x, kv_heads // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+    spec = P(batch, None, heads, None)
+    # Each row and head is computed whole on one device: there is no replication for check_vma to verify.
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(spec, spec, spec, P(batch)), out_specs=spec, check_vma=False)(
+        q_BTNH, k_BSKH, v_BSKH, segments_BT
+    )

@@ -1,0 +1,193 @@
+"""Blockwise attention in plain XLA: any platform, any head size, memory linear in the length of a row.
+
+The queries of a group share their KV head, so they are laid out as further rows of one matmul: ``q_BKRH``, where R is
+tokens times G, G heads to a token. The backward pass holds scores transposed (keys by queries), which makes each of its
+matmuls one that XLA's CPU compiler has a fast kernel for (see ``cpu``). Probabilities are computed again from the saved
+log-sum-exp, as in FlashAttention-2 (Dao, arXiv 2307.08691).
+
+Tokens are cut into blocks, and the blocks into a few spans. A span works on the keys up to its own end (or, going
+backward, on the queries from its own start), so that most of what causality forbids is not computed. Spans are
+unrolled and the blocks of a span looped over, so that a program's size does not grow with the length.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from luthier.model.cpu import fence, transposed
+
+MAX_BLOCK = 128  # tokens
+MAX_SPANS = 8
+SCORES_LIMIT = 128 * 2**20  # bytes of fp32 scores in one block
+FORBIDDEN = -1e30  # as good as -inf, but no NaN where a whole row is forbidden
+
+
+def blockwise(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    """Return causal attention within segments, ``[B, T, N, H]``; arguments as in ``attention``."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    block = _block(B * N, T)
+    plan = _Plan(-(-T // block) * block, block, N // K, scale, window)
+    pad = plan.length - T
+    if pad:  # at the end, where no real token sees it
+        q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
+        segments_BT = None if segments_BT is None else jnp.pad(segments_BT, ((0, 0), (0, pad)))
+    q_BKRH = q_BTNH.reshape(B, -1, K, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
+    o_BKRH = _attend(plan, q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments_BT)
+    o_BTNH = o_BKRH.reshape(B, K, -1, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, -1, N, H)
+    return o_BTNH[:, :T]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How rows of ``length`` tokens are cut, ``group`` query heads to a KV head."""
+
+    length: int
+    block: int
+    group: int
+    scale: float
+    window: int | None
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Return (first token, end) of each span of whole blocks."""
+        blocks = self.length // self.block
+        count = min(blocks, MAX_SPANS)
+        edges = [blocks * i // count * self.block for i in range(count + 1)]
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
+    def first_key(self, first_query: int) -> int:
+        """Return the first token, on a block's edge, that queries from ``first_query`` on may see."""
+        reach = self.length if self.window is None else self.window
+        return max(0, first_query - reach + 1) // self.block * self.block
+
+    def end_query(self, end_key: int) -> int:
+        """Return the end, on a block's edge, of the queries that may see a key before ``end_key``."""
+        reach = self.length if self.window is None else self.window
+        return min(self.length, -(-(end_key + reach - 1) // self.block) * self.block)
+
+    def allowed(self, segments_BT: Any, query: Any, queries: int, key: Any, keys: int) -> jax.Array:
+        """Return which of ``queries`` tokens from ``query`` on, G rows each, see which keys: ``[B or 1, 1, rows, keys]``."""
+        distance = (query + jnp.arange(queries * self.group) // self.group)[:, None] - (key + jnp.arange(keys))
+        allowed = distance >= 0
+        if self.window is not None:
+            allowed &= distance < self.window
+        if segments_BT is None:
+            return allowed[None, None]
+        query_segments = jnp.repeat(_cut(segments_BT, query, queries, 1), self.group, axis=1)
+        return (allowed & (query_segments[:, :, None] == _cut(segments_BT, key, keys, 1)[:, None, :]))[:, None]
+
+
+def _block(heads: int, length: int) -> int:
+    """Return tokens in a block: as many as memory allows, evened out so that little is padded."""
+    most = MAX_BLOCK
+    while most > 16 and heads * most * length * 4 > SCORES_LIMIT:
+        most //= 2
+    blocks = -(-length // most)
+    return length if blocks == 1 else -(-length // (blocks * 16)) * 16
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: Any) -> jax.Array:
+    return _outputs(plan, q_BKRH, k_BKSH, v_BKSH, segments_BT)[0]
+
+
+def _attend_forward(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: Any) -> Any:
+    o_BKRH, lse_BKR = _outputs(plan, q_BKRH, k_BKSH, v_BKSH, segments_BT)
+    # Named here, so that the "dots" policy of `layers.remat` keeps just what the gradient needs, in this layout.
+    arrays = (q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR)
+    q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR = (checkpoint_name(x, "attention") for x in arrays)
+    return o_BKRH, (q_BKRH, k_BKSH, v_BKSH, segments_BT, o_BKRH, lse_BKR)
+
+
+def _outputs(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: Any) -> Any:
+    """Return (outputs ``[B, K, R, H]``, log-sum-exp of the scores ``[B, K, R]``)."""
+    spans = []
+    for first, end in plan.spans():
+        key = plan.first_key(first)
+        k, v = k_BKSH[:, :, key:end], v_BKSH[:, :, key:end]
+        block = functools.partial(_query_block, plan, q_BKRH, k, v, segments_BT, key)
+        spans.append(_over_blocks(plan, first, end, None, block)[1])
+    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*spans, strict=True))
+
+
+def _query_block(
+    plan: _Plan, q_BKRH: Any, k_BKsH: Any, v_BKsH: Any, segments_BT: Any, key: int, _: None, start: Any
+) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    """Return output and log-sum-exp of the block of queries at token ``start``, over keys that begin at ``key``."""
+    q = _cut(q_BKRH, start * plan.group, plan.block * plan.group, 2)
+    allowed = plan.allowed(segments_BT, start, plan.block, key, k_BKsH.shape[2])
+    scores = jnp.where(allowed, _matmul(q, k_BKsH, transpose=True) * plan.scale, FORBIDDEN)
+    top = scores.max(axis=-1, keepdims=True)
+    p = fence(jnp.exp(scores - top).astype(q.dtype))
+    total = p.astype(jnp.float32).sum(axis=-1, keepdims=True)
+    return None, ((_matmul(p, v_BKsH) / total).astype(q.dtype), (top + jnp.log(total))[..., 0])
+
+
+def _attend_backward(plan: _Plan, saved: Any, do_BKRH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q_BKRH, k_BKSH, v_BKSH, segments_BT, o_BKRH, lse_BKR = saved
+    delta_BKR = jnp.sum(do_BKRH.astype(jnp.float32) * o_BKRH.astype(jnp.float32), axis=-1)
+    keys = (k_BKSH, transposed(k_BKSH), v_BKSH)
+    dq_BKHR, spans = jnp.zeros(q_BKRH.mT.shape, jnp.float32), []
+    for first, end in plan.spans():
+        rows = slice(first * plan.group, plan.end_query(end) * plan.group)
+        queries = tuple(x[:, :, rows] for x in (q_BKRH, do_BKRH, lse_BKR, delta_BKR))
+        block = functools.partial(_key_block, plan, queries, keys, segments_BT, first)
+        dq, parts = _over_blocks(plan, first, end, jnp.zeros(queries[0].mT.shape, jnp.float32), block)
+        dq_BKHR += jnp.pad(dq, ((0, 0), (0, 0), (0, 0), (rows.start, q_BKRH.shape[2] - rows.stop)))
+        spans.append(parts)
+    dk_BKSH, dv_BKSH = (jnp.concatenate(parts, axis=2) for parts in zip(*spans, strict=True))
+    return fence(dq_BKHR.astype(q_BKRH.dtype)).mT, dk_BKSH, dv_BKSH, None
+
+
+def _key_block(
+    plan: _Plan, queries: Any, keys: Any, segments_BT: Any, query: int, dq_BKHr: jax.Array, start: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Add to ``dq`` and return (dk, dv) of the block of keys at token ``start``, over queries that begin at ``query``.
+
+    Formulas: arXiv 2307.08691, algorithm 2, with scores and probabilities transposed.
+    """
+    q, do, lse_BKr, delta_BKr = queries
+    k, v = (_cut(x, start, plan.block, 2) for x in (keys[0], keys[2]))
+    k_BKHb = _cut(keys[1], start, plan.block, 3)
+    allowed = plan.allowed(segments_BT, query, q.shape[2] // plan.group, start, plan.block).mT
+    scores = _matmul(k, q, transpose=True) * plan.scale
+    p = fence(jnp.where(allowed, jnp.exp(scores - lse_BKr[:, :, None]), 0).astype(q.dtype))
+    dp = _matmul(v, do, transpose=True)
+    ds = fence((p.astype(jnp.float32) * (dp - delta_BKr[:, :, None]) * plan.scale).astype(q.dtype))
+    return dq_BKHr + _matmul(k_BKHb, ds), (_matmul(ds, q).astype(k.dtype), _matmul(p, do).astype(v.dtype))
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _over_blocks(plan: _Plan, first: int, end: int, carry: Any, step: Callable[..., Any]) -> tuple[Any, Any]:
+    """Return the last carry, and the outputs of ``step(carry, start)`` for each block, joined along their axis 2."""
+    if end - first == plan.block:
+        return step(carry, first)
+    carry, stacked = jax.lax.scan(step, carry, jnp.arange(first, end, plan.block))
+    return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:]), stacked)
+
+
+def _cut(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _matmul(a: jax.Array, b: jax.Array, *, transpose: bool = False) -> jax.Array:
+    """Return ``a @ b`` (or ``a @ b.mT``) in fp32 over two batch axes."""
+    dimensions = (((3,), (3 if transpose else 2,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

@@ -1,0 +1,40 @@
+"""How a model is computed, as against what it computes: settings that never change a result beyond rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from luthier import mesh
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The type of activations, the attention kernel, and what the backward pass recomputes."""
+
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+
+
+def fast_dtype() -> Any:
+    """Return bfloat16 where the devices in use multiply it fast, else float32.
+
+    On CPUs that takes XLA's bf16 kernels of jax 0.12 and a processor with bf16 dot products; without either, bf16
+    runs several times slower than fp32.
+    """
+    if mesh.platform() != "cpu":
+        return jnp.bfloat16
+    return jnp.bfloat16 if jax.__version_info__ >= (0, 12) and _cpu_has_bf16() else jnp.float32
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = file.read()
+    except OSError:  # not Linux
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16 "))

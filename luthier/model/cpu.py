@@ -1,0 +1,22 @@
+"""What XLA has to be told on a CPU, and must not be told elsewhere.
+
+XLA's CPU compiler hands a matmul to its fast kernels only where the left operand's contracted dimension is the
+innermost one in memory and the operands are whole arrays. Left to itself it folds transpositions into a matmul, which
+then runs as a plain loop (20 times slower in bf16), and fuses element-wise chains into reads that cross memory.
+"""
+
+import jax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from luthier import mesh
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """Return ``x`` with its last two axes exchanged, on a CPU also in memory."""
+    swapped = x.mT
+    return with_layout_constraint(swapped, Layout(tuple(range(x.ndim)))) if mesh.platform() == "cpu" else swapped
+
+
+def fence(x: jax.Array) -> jax.Array:
+    """Return ``x``, on a CPU kept out of fusions with what uses it."""
+    return jax.lax.optimization_barrier(x) if mesh.platform() == "cpu" else x

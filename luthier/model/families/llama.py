@@ -1,0 +1,167 @@
+"""Llama: Llama 2, 3, 3.1 to 3.3, SmolLM2, and whatever else calls itself ``llama``.
+
+Left out on purpose: pretraining_tp, which no released checkpoint needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+
+from luthier import mesh
+from luthier.errors import UserError
+from luthier.model.attention import attention
+from luthier.model.compute import Compute
+from luthier.model.dense import dense
+from luthier.model.layers import apply_rope, remat, rms_norm, rope_tables, silu_gate
+from luthier.model.param import Param, Tree, stacked
+from luthier.model.rope import Rope, inverse_frequencies
+
+MODEL_TYPES = ("llama",)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of ``config.json`` that matter, under their own names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: Rope
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read a ``config.json``, with Transformers' defaults for what it leaves out."""
+        activation = config.get("hidden_act", "silu")
+        if activation != "silu":
+            raise UserError(f"config.json: hidden_act=`{activation}` is not supported for llama; silu is.")
+        heads = config["num_attention_heads"]
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope=Rope.from_hf(config),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            attention_bias=config.get("attention_bias", False),
+            mlp_bias=config.get("mlp_bias", False),
+        )
+
+
+def spec(config: Config) -> Tree:
+    """Declare every weight. o and down are stored output first, so that the narrow side is the one transposed."""
+    sizes = {
+        "embed": config.hidden_size,
+        "norm": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "mlp": config.intermediate_size,
+        "vocab": config.vocab_size,
+    }
+
+    def weight(tensor: str, layout: str, *axes: str, **kind: Any) -> Param:
+        return Param(tensor, layout, axes, tuple(sizes[axis] for axis in axes), **kind)
+
+    block = "model.layers.{layer}."
+    attn, mlp = block + "self_attn.", block + "mlp."
+    layer = {
+        "attn_norm": weight(block + "input_layernorm.weight", "d -> d", "norm", init="ones"),
+        "q": weight(attn + "q_proj.weight", "(n h) d -> d n h", "embed", "heads", "head_dim"),
+        "k": weight(attn + "k_proj.weight", "(n h) d -> d n h", "embed", "kv_heads", "head_dim"),
+        "v": weight(attn + "v_proj.weight", "(n h) d -> d n h", "embed", "kv_heads", "head_dim"),
+        "o": weight(attn + "o_proj.weight", "d (n h) -> d n h", "embed", "heads", "head_dim"),
+        "mlp_norm": weight(block + "post_attention_layernorm.weight", "d -> d", "norm", init="ones"),
+        "gate": weight(mlp + "gate_proj.weight", "f d -> d f", "embed", "mlp"),
+        "up": weight(mlp + "up_proj.weight", "f d -> d f", "embed", "mlp"),
+        "down": weight(mlp + "down_proj.weight", "d f -> d f", "embed", "mlp"),
+    }
+    if config.attention_bias:
+        layer |= {
+            "q_bias": weight(attn + "q_proj.bias", "(n h) -> n h", "heads", "head_dim", init="zeros"),
+            "k_bias": weight(attn + "k_proj.bias", "(n h) -> n h", "kv_heads", "head_dim", init="zeros"),
+            "v_bias": weight(attn + "v_proj.bias", "(n h) -> n h", "kv_heads", "head_dim", init="zeros"),
+            "o_bias": weight(attn + "o_proj.bias", "d -> d", "norm", init="zeros"),
+        }
+    if config.mlp_bias:
+        layer |= {
+            "gate_bias": weight(mlp + "gate_proj.bias", "f -> f", "mlp", init="zeros"),
+            "up_bias": weight(mlp + "up_proj.bias", "f -> f", "mlp", init="zeros"),
+            "down_bias": weight(mlp + "down_proj.bias", "d -> d", "norm", init="zeros"),
+        }
+    model = {
+        "embed": weight("model.embed_tokens.weight", "v d -> v d", "vocab", "embed"),
+        "layers": stacked(layer, "layer", range(config.num_hidden_layers)),
+        "norm": weight("model.norm.weight", "d -> d", "norm", init="ones"),
+    }
+    if not config.tie_word_embeddings:
+        model["head"] = weight("lm_head.weight", "v d -> v d", "vocab", "embed")
+    return model
+
+
+def head(params: Tree) -> jax.Array:
+    """Return the output embedding ``[V, D]``: the input's own where they are tied."""
+    return params.get("head", params["embed"])
+
+
+def forward(
+    params: Tree,
+    config: Config,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    compute: Compute,
+) -> jax.Array:
+    """Return the final hidden states ``[B, T, D]`` in ``compute.dtype``; log-probs are made from them by chunks."""
+    with jax.named_scope("embed"):
+        x_BTD = params["embed"][tokens_BT].astype(compute.dtype)
+        x_BTD = mesh.constrain(x_BTD, "batch", "time", "norm")
+    rope = rope_tables(positions_BT, inverse_frequencies(config.rope, config.head_dim))
+
+    def layer(x_BTD: jax.Array, weights: Tree) -> tuple[jax.Array, None]:
+        x_BTD = x_BTD + _attend(weights, config, x_BTD, rope, segments_BT, compute)
+        x_BTD = x_BTD + _mlp(weights, config, x_BTD)
+        return mesh.constrain(x_BTD, "batch", "time", "norm"), None
+
+    x_BTD, _ = jax.lax.scan(remat(compute.remat)(layer), x_BTD, params["layers"])
+    return rms_norm(x_BTD, params["norm"], config.rms_norm_eps)
+
+
+def _attend(p: Tree, config: Config, x_BTD: jax.Array, rope: Any, segments_BT: jax.Array, compute: Compute) -> jax.Array:
+    with jax.named_scope("attention"):
+        h_BTD = rms_norm(x_BTD, p["attn_norm"], config.rms_norm_eps)
+        q_BTNH = _biased(dense("BTD,DNH->BTNH", h_BTD, p["q"]), p.get("q_bias"))
+        k_BTKH = _biased(dense("BTD,DKH->BTKH", h_BTD, p["k"]), p.get("k_bias"))
+        v_BTKH = _biased(dense("BTD,DKH->BTKH", h_BTD, p["v"]), p.get("v_bias"))
+        q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
+        o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation=compute.attention)
+        return _biased(dense("BTNH,DNH->BTD", o_BTNH, p["o"]), p.get("o_bias"))
+
+
+def _mlp(p: Tree, config: Config, x_BTD: jax.Array) -> jax.Array:
+    with jax.named_scope("mlp"):
+        h_BTD = rms_norm(x_BTD, p["mlp_norm"], config.rms_norm_eps)
+        gate_BTF = _biased(dense("BTD,DF->BTF", h_BTD, p["gate"]), p.get("gate_bias"))
+        up_BTF = _biased(dense("BTD,DF->BTF", h_BTD, p["up"]), p.get("up_bias"))
+        return _biased(dense("BTF,DF->BTD", silu_gate(gate_BTF, up_BTF), p["down"]), p.get("down_bias"))
+
+
+def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + bias.astype(x.dtype)
+
+

@@ -1,0 +1,71 @@
+"""A model: a family and its configuration, with what the rest of Luthier asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from luthier.errors import UserError
+from luthier.model import families
+from luthier.model.compute import Compute
+from luthier.model.cross_entropy import TokenScores, token_logp
+from luthier.model.param import Tree
+from luthier.types import Batch
+
+
+@dataclass(frozen=True)
+class Model:
+    """A family module and its frozen ``Config``: everything about a model but its weights."""
+
+    family: ModuleType
+    config: Any
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], place: str) -> Model:
+        """Read a ``config.json`` that was found at ``place``.
+
+        Raises UserError where the model is of no known family or lacks a field.
+        """
+        family = families.find(config, place)
+        try:
+            return cls(family, family.Config.from_hf(config))
+        except KeyError as error:
+            raise UserError(f"{place}: config.json lacks {error}. Take the model's original config.json.") from None
+
+    @cached_property
+    def spec(self) -> Tree:
+        """The tree of ``Param``s."""
+        return self.family.spec(self.config)
+
+    def hidden(self, params: Tree, batch: Batch, compute: Compute) -> jax.Array:
+        """Return the final hidden states ``[B, T, D]``."""
+        return self.family.forward(
+            params, self.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute
+        )
+
+    def logits(self, params: Tree, batch: Batch, compute: Compute) -> jax.Array:
+        """Return whole fp32 logits ``[B, T, V]``: for tests and single positions, never for training."""
+        hidden_BTD = self.hidden(params, batch, compute)
+        head_VD = self.family.head(params).astype(hidden_BTD.dtype)
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+
+    def score(
+        self, params: Tree, batch: Batch, compute: Compute, cotangent_BT: jax.Array | None = None
+    ) -> TokenScores:
+        """Return log-prob and correctness of the token *at* each position given those before it; 0 at the first.
+
+        ``cotangent_BT`` is the gradient of the loss with respect to these log-probs where it is known beforehand.
+        """
+        hidden_BTD = self.hidden(params, batch, compute)
+        targets_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
+        if cotangent_BT is not None:
+            cotangent_BT = jnp.roll(cotangent_BT.at[:, 0].set(0.0), -1, axis=1)
+        with jax.named_scope("cross_entropy"):
+            ahead = token_logp(hidden_BTD, self.family.head(params), targets_BT, cotangent_BT)
+        return TokenScores(*(jnp.roll(score_BT, 1, axis=1).at[:, 0].set(0) for score_BT in ahead))

@@ -1,0 +1,166 @@
+"""A weight is declared once; everything else about it is derived from that line.
+
+A family's ``spec(config)`` is a tree of ``Param``s. Initialisation, abstract shapes, sharding, the names and shapes of
+Hugging Face's tensors, loading and export all follow from it; export is the load arrow read backwards.
+
+Left out on purpose: reading and writing files (``checkpoint``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from luthier import mesh as mesh_lib
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Param:
+    """One weight.
+
+    ``tensor`` is its Hugging Face name, with a placeholder such as ``{layer}`` for each entry of ``stack``; ``layout``
+    is the einops arrow from that tensor to one slice of ours; ``axes`` are our logical axes and ``shape`` their sizes,
+    the stacked ones leading. ``stack`` maps each leading axis to the indices of the tensors that are stacked there.
+    """
+
+    tensor: str
+    layout: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    init: Literal["normal", "zeros", "ones"] = "normal"
+    stack: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        """The shape of one stacked slice, which one Hugging Face tensor fills."""
+        return self.shape[len(self.stack) :]
+
+    @property
+    def slice_axes(self) -> tuple[str, ...]:
+        """The logical axes of one stacked slice."""
+        return self.axes[len(self.stack) :]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape that the Hugging Face tensor must have."""
+        left, sizes = self.layout.split("->")[0], self._sizes()
+        groups = re.findall(r"\(([^)]*)\)|(\w+)", left)
+        return tuple(math.prod(sizes[name] for name in (group or single).split()) for group, single in groups)
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: to matrices, not to norms and biases."""
+        return len(self.tensor_shape) > 1
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return {Hugging Face name: index of its slice in our array}."""
+        names = [name for name, _ in self.stack]
+        places = [list(enumerate(indices)) for _, indices in self.stack]
+        return {
+            self.tensor.format(**{name: number for name, (_, number) in zip(names, combination, strict=True)}): tuple(
+                place for place, _ in combination
+            )
+            for combination in itertools.product(*places)
+        }
+
+    def from_tensor(self, tensor: np.ndarray) -> np.ndarray:
+        """Return one slice of ours from a Hugging Face tensor; a view where the layout allows it."""
+        return einops.rearrange(tensor, self.layout, **self._split_sizes())
+
+    def to_tensor(self, piece: np.ndarray) -> np.ndarray:
+        """Return the Hugging Face tensor from one slice of ours: ``from_tensor`` backwards."""
+        left, right = self.layout.split("->")
+        return einops.rearrange(piece, f"{right.strip()} -> {left.strip()}", **self._split_sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        names = self.layout.split("->")[1].split()
+        return dict(zip(names, self.slice_shape, strict=True))
+
+    def _split_sizes(self) -> dict[str, int]:
+        grouped = " ".join(re.findall(r"\(([^)]*)\)", self.layout)).split()
+        return {name: size for name, size in self._sizes().items() if name in grouped}
+
+
+def stacked(spec: Tree, axis: str, indices: Sequence[int]) -> Tree:
+    """Return ``spec`` with a leading ``axis`` over the tensors numbered ``indices``."""
+
+    def stack(param: Param) -> Param:
+        return replace(
+            param,
+            axes=(axis, *param.axes),
+            shape=(len(indices), *param.shape),
+            stack=((axis, tuple(indices)), *param.stack),
+        )
+
+    return map_spec(stack, spec)
+
+
+def map_spec(function: Callable[..., Any], spec: Tree, *rest: Tree) -> Tree:
+    """Map over the ``Param``s of a spec, and over trees of the same structure beside it."""
+    return jax.tree.map(function, spec, *rest, is_leaf=lambda leaf: isinstance(leaf, Param))
+
+
+def leaves(spec: Tree) -> dict[str, Param]:
+    """Return {path such as "layers/q": Param}, in the order of the tree."""
+    flat, _ = jax.tree.flatten_with_path(spec, is_leaf=lambda leaf: isinstance(leaf, Param))
+    return {"/".join(entry.key for entry in path): param for path, param in flat}
+
+
+def count(spec: Tree) -> int:
+    """Return the number of weights."""
+    return sum(math.prod(param.shape) for param in leaves(spec).values())
+
+
+def shardings(spec: Tree, mesh: Mesh) -> Tree:
+    """Return the tree of shardings that the table of axes gives."""
+    return map_spec(lambda param: mesh_lib.sharding(param.axes, param.shape, mesh), spec)
+
+
+def abstract(spec: Tree, dtype: Any, mesh: Mesh) -> Tree:
+    """Return the tree of shapes, types and shardings, for compiling before the weights are there."""
+
+    def shape(param: Param) -> jax.ShapeDtypeStruct:
+        placed = mesh_lib.sharding(param.axes, param.shape, mesh)
+        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=placed)
+
+    return map_spec(shape, spec)
+
+
+def initialise(spec: Tree, key: jax.Array, dtype: Any, mesh: Mesh, scale: float = 0.02) -> Tree:
+    """Return random weights: normal with standard deviation ``scale``, norms one, biases zero."""
+    names = leaves(spec)
+
+    def build(key: jax.Array) -> Tree:
+        keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+        values = {name: _draw(param, keys[name], dtype, scale) for name, param in names.items()}
+        return jax.tree.unflatten(jax.tree.structure(map_spec(lambda _: 0, spec)), list(values.values()))
+
+    return jax.jit(build, out_shardings=shardings(spec, mesh))(key)
+
+
+def decay_mask(spec: Tree) -> Tree:
+    """Return the tree of booleans that says which weights decay."""
+    return map_spec(lambda param: param.decays, spec)
+
+
+def tensor_shapes(spec: Tree) -> Mapping[str, tuple[int, ...]]:
+    """Return {Hugging Face name: shape} of all tensors that the model has."""
+    return {name: param.tensor_shape for param in leaves(spec).values() for name in param.tensors()}
+
+
+def _draw(param: Param, key: jax.Array, dtype: Any, scale: float) -> jax.Array:
+    if param.init == "normal":
+        return (jax.random.normal(key, param.shape, jnp.float32) * scale).astype(dtype)
+    return jnp.full(param.shape, 1.0 if param.init == "ones" else 0.0, dtype)

@@ -1,0 +1,101 @@
+"""What the user sees: a header, a marked example, progress, a summary. Rich on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_INTERVAL = 10.0  # seconds between plain lines, so that a log file stays readable
+
+
+def console() -> Console:
+    """Return the console that everything is printed to."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def table(console: Console, title: str, rows: Mapping[str, str]) -> None:
+    """Print a titled table of two columns."""
+    grid = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows.items():
+        grid.add_row(name, value)
+    console.print(f"[bold]{title}[/bold]")
+    console.print(grid)
+
+
+def quantity(number: float) -> str:
+    """Return a count as people write it: 134.5M, 12.3k."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class Steps:
+    """The progress of a run, one call of ``update`` a step."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self._console, self._total = console, total
+        self._started, self._first = time.perf_counter(), done
+        self._printed = 0.0
+        columns = (
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console) if console.is_terminal else None
+        self._task = self._bar.add_task("", total=total, completed=done, numbers="") if self._bar else None
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show the numbers of step ``step``, counted from 1."""
+        numbers = _numbers(metrics)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+            return
+        now = time.perf_counter()
+        if now - self._printed < PLAIN_INTERVAL and step not in (self._first + 1, self._total):
+            return
+        self._printed = now
+        left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
+        self._console.print(f"step {step}/{self._total}  {numbers}  {duration(left)} left")
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(message)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _numbers(metrics: Mapping[str, Any]) -> str:
+    parts = [
+        f"loss {metrics['loss']:.4f}",
+        f"accuracy {metrics['mean_token_accuracy']:.3f}",
+        f"{metrics['tokens_per_second']:.0f} tokens/s",
+    ]
+    if "mfu" in metrics:
+        parts.append(f"MFU {100 * metrics['mfu']:.1f}%")
+    return "  ".join(parts)

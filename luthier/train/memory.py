@@ -1,0 +1,132 @@
+"""How much memory a run will take, before anything is loaded.
+
+An estimate from shapes, good to about a fifth: the compiled program's own figure replaces it once there is one. Left
+out on purpose: the exact search over settings, which compiles each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import psutil
+from jax.sharding import Mesh
+
+from luthier import mesh as mesh_lib
+from luthier.config import SftConfig
+from luthier.errors import UserError
+from luthier.model import param
+from luthier.model.compute import Compute
+from luthier.model.model import Model
+
+GIB = 2**30
+MOMENTS = {"adamw": 2.0, "adafactor": 0.05, "muon": 1.3, "sgd": 1.0}
+PROCESS = 1.0 * GIB  # the interpreter, its libraries and compiled programs, where they share the devices' memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on one device: what stays (weights, moments, gradients) and what each row of the micro-batch adds."""
+
+    fixed: float
+    per_row: float
+
+    def total(self, rows: int) -> float:
+        """Return the bytes for a micro-batch of ``rows`` rows a device."""
+        return self.fixed + rows * self.per_row
+
+
+def estimate(config: SftConfig, model: Model, mesh: Mesh, compute: Compute) -> Plan:
+    """Return the bytes that training takes on each device."""
+    c = model.config
+    weights = param.count(model.spec)
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    weight_bytes = jnp.dtype(config.weight_dtype).itemsize
+    moment_bytes = MOMENTS[config.opt_type] * jnp.dtype(config.mu_dtype).itemsize
+    gradients = 2.0 if config.gradient_accumulation_steps > 1 else 1.0
+    state = weights * (weight_bytes * (1 + gradients) + moment_bytes) / shards
+    layer_weights = sum(p.shape[0] and _size(p) / p.shape[0] for p in param.leaves(model.spec).values() if p.stack)
+    gathered = layer_weights * jnp.dtype(compute.dtype).itemsize * 2 / mesh.shape["tensor"]
+    width = c.num_attention_heads * c.head_dim
+    kv = c.num_key_value_heads * c.head_dim
+    saved = {
+        "full": c.hidden_size,
+        "dots": 2 * c.hidden_size + 2 * width + 2 * kv + 2 * c.intermediate_size,
+        "none": 4 * c.hidden_size + 3 * width + 3 * kv + 4 * c.intermediate_size,
+    }[compute.remat]
+    itemsize = jnp.dtype(compute.dtype).itemsize
+    in_flight = 4 * (4 * c.hidden_size + 3 * c.intermediate_size + 4 * width)
+    per_token = (saved * itemsize * c.num_hidden_layers + in_flight) / mesh.shape["tensor"]
+    logits = 3 * 4 * 512 * c.vocab_size / mesh.shape["tensor"]
+    process = PROCESS if mesh_lib.platform() == "cpu" else 0.0
+    return Plan(fixed=state + gathered + logits + process, per_row=per_token * config.max_target_length)
+
+
+def available(mesh: Mesh) -> float | None:
+    """Return the bytes that each device can still give, or None where the platform does not say."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available / mesh.size
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+
+
+def check(config: SftConfig, plan: Plan, limit: float | None) -> None:
+    """Raise UserError where the plan is over the limit, saying what would fit."""
+    rows = config.per_device_batch_size
+    if limit is None or plan.total(rows) <= limit:
+        return
+    fitting = int((limit - plan.fixed) // plan.per_row)
+    if fitting >= 1:
+        product = rows * config.gradient_accumulation_steps
+        remedy = f"per_device_batch_size={fitting} fits"
+        if product % fitting == 0:
+            remedy += f" (with gradient_accumulation_steps={product // fitting} the step stays the same)"
+        if config.remat_policy != "full":
+            remedy += "; remat_policy=full needs less for each row"
+    else:
+        remedy = "not even one row fits: set " + ", ".join(_savings(config)) + ", or use more devices"
+    raise UserError(
+        f"per_device_batch_size={rows} with max_target_length={config.max_target_length} needs about "
+        f"{plan.total(rows) / GIB:.1f} GiB on each device, and {limit / GIB:.1f} GiB are free: {remedy}."
+    )
+
+
+def _savings(config: SftConfig) -> list[str]:
+    changes = {
+        "remat_policy=full": config.remat_policy != "full",
+        "mu_dtype=bfloat16": config.mu_dtype != "bfloat16",
+        "weight_dtype=bfloat16": config.weight_dtype != "bfloat16",
+        "opt_type=adafactor": config.opt_type != "adafactor",
+    }
+    return [change for change, open_ in changes.items() if open_] + ["a smaller max_target_length"]
+
+
+def _size(p: param.Param) -> int:
+    size = 1
+    for dimension in p.shape:
+        size *= dimension
+    return size
+
+
+def peak_resident() -> float:
+    """Return the most bytes that this process has held so far."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def of_program(compiled: jax.stages.Compiled) -> float | None:
+    """Return the bytes a compiled program takes on a device, its arguments included, where the backend says."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    return float(
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )

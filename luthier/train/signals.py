@@ -1,0 +1,39 @@
+"""SIGTERM and Ctrl-C: a run that is training finishes its step and saves; one that is not simply ends."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Stop:
+    """While entered, notes a first SIGTERM or SIGINT in ``requested`` once ``armed``; before that they end the process.
+
+    A second one always ends the process.
+    """
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.requested: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """The code to exit with for the signal that came."""
+        return EXIT_CODES[self.requested] if self.requested else 0
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.armed or self.requested:
+            raise SystemExit(EXIT_CODES[signal.Signals(number)])
+        self.requested = signal.Signals(number)
