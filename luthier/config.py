@@ -10,9 +10,12 @@ second, so that a typo is refused at once.
 
 from __future__ import annotations
 
+import inspect
+import json
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,7 +36,9 @@ def key(default: Any, doc: str, *aliases: str, **constraints: Any) -> Any:
 class Keys(BaseModel):
     """What all groups of keys share: frozen, unknown keys refused, aliases accepted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
 
 
 class RunKeys(Keys):
@@ -88,10 +93,10 @@ class DataKeys(Keys):
     train_split: str = key("train", "Split to train on; slices such as `train[:90%]` too.")
     hf_eval_path: str = key("", "Held-out dataset, if it is not a split of `hf_path`.")
     hf_eval_split: str = key("", "Held-out split. Default: `eval_fraction` of the training split.", "eval_split")
-    eval_fraction: Fraction = key(0.0, "Share of the training split that is held out where no split is named.")
+    eval_fraction: float = key(0.0, "Share of the training split that is held out where no split is named.", ge=0, lt=1)
     train_data_columns: Columns | None = key(
         None,
-        "Columns to read, such as `['messages']` or `{\"prompt\": \"input\", \"completion\": \"output\"}`. "
+        'Columns to read, such as `[\'messages\']` or `{"prompt": "input", "completion": "output"}`. '
         "Default: recognised from the dataset.",
     )
     formatting_func_path: str = key(
@@ -114,7 +119,9 @@ class DataKeys(Keys):
 class TrainKeys(Keys):
     """The step, the optimizer, and what is kept."""
 
-    steps: int = key(-1, "Optimizer steps; -1: as many as `num_epoch` gives. Where both are given, the first reached ends the run.")
+    steps: int = key(
+        -1, "Optimizer steps; -1: as many as `num_epoch` gives. Where both are given, the first reached ends the run."
+    )
     num_epoch: Annotated[float, Field(gt=0)] | None = key(
         None, "Passes over the training split. Default: one, or no limit where `steps` is given."
     )
@@ -158,6 +165,12 @@ class SftConfig(TrainKeys, DataKeys, ModelKeys, RunKeys):
             raise ValueError("no dataset: set hf_path=... (a hub id, a saved folder or files)")
         if self.steps == 0 or self.steps < -1:
             raise ValueError(f"steps={self.steps}: give a positive number, or -1 for as many as num_epoch gives")
+        if self.eval_interval == 0:
+            raise ValueError("eval_interval=0: give a number of steps, or -1 for one at the start and one at the end")
+        if self.eval_steps == 0:
+            raise ValueError("eval_steps=0: give a number of batches, or -1 for all of them")
+        if self.lr_schedule_type == "wsd" and self.warmup_steps_fraction + self.wsd_decay_steps_fraction > 1:
+            raise ValueError("warmup_steps_fraction and wsd_decay_steps_fraction add up to more than 1: lower one")
         if self.chat_template and self.chat_template_path:
             raise ValueError("chat_template and chat_template_path are both set: keep one")
         axes = ("ici_data_parallelism", "ici_fsdp_parallelism", "ici_tensor_parallelism")
@@ -171,6 +184,15 @@ class SftConfig(TrainKeys, DataKeys, ModelKeys, RunKeys):
 COMMANDS: dict[str, type[Keys]] = {"sft": SftConfig}
 
 
+class Row(NamedTuple):
+    """A key as the table of keys shows it."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
 def resolve(command: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
     """Return the frozen configuration of ``command`` from its arguments, ``[recipe.yml] key=value ...``.
 
@@ -179,69 +201,79 @@ def resolve(command: str, arguments: Sequence[str], environment: Mapping[str, st
     model = COMMANDS[command]
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for place, source in _sources(arguments, environment):
-        for name, value in source.items():
-            field = _field(model, name, place)
-            values[field] = _parse(model, field, value)
-            places[field] = place
+    for place, name, value in _settings(arguments, environment):
+        field = _field(model, name, place)
+        if place.startswith("recipe ") and places.get(field) == place:
+            raise UserError(f"key `{field}` stands twice ({place}). Keep one.")
+        values[field] = _parse(model.model_fields[field].annotation, value)
+        places[field] = place
     try:
         return model(**values)
     except ValidationError as error:
-        raise UserError(_explain(error, places)) from None
+        raise UserError(_explain(model, error, places)) from None
 
 
 def save(config: Keys, path: Path) -> None:
     """Write every key as resolved, as a recipe that repeats the run. Secrets are left out."""
-    values = {name: value for name, value in config.model_dump().items() if name != "hf_access_token"}
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    values = config.model_dump(exclude={"hf_access_token"})
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def describe(command: str) -> list[tuple[str, str, str, str]]:
-    """Return (key, type, default, meaning) for each key of ``command``, in the order of the groups."""
-    rows = []
+def describe(command: str) -> dict[str, list[Row]]:
+    """Return the keys of ``command`` by group, each group named by what it is about."""
     model = COMMANDS[command]
+    groups = {}
     for group in reversed(model.__mro__):
-        for name in getattr(group, "__annotations__", {}):
-            if group is Keys or name not in model.model_fields:
-                continue
-            field = model.model_fields[name]
-            doc = field.description or ""
-            aliases = _aliases(field)
-            if aliases:
-                doc += f" Also `{'`, `'.join(aliases)}`."
-            rows.append((name, _type_name(field.annotation), _yaml(field.default), doc))
-    return rows
+        names = [name for name in inspect.get_annotations(group) if name in model.model_fields]
+        if names:
+            title = (group.__doc__ or group.__name__).splitlines()[0]
+            groups[title] = [_row(name, model.model_fields[name]) for name in names]
+    return groups
 
 
-def _sources(arguments: Sequence[str], environment: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
-    """Return (place, values) pairs, the weakest first."""
+def _row(name: str, field: Any) -> Row:
+    also = f" Also `{'`, `'.join(_aliases(field))}`." if _aliases(field) else ""
+    return Row(name, _type_name(field.annotation), _yaml(field.default), (field.description or "") + also)
+
+
+def _settings(arguments: Sequence[str], environment: Mapping[str, str]) -> list[tuple[str, str, Any]]:
+    """Return (place, name, value) of everything that was set, the weakest first."""
     recipes = [argument for argument in arguments if "=" not in argument]
     if len(recipes) > 1:
         raise UserError(f"more than one recipe: {' '.join(recipes)}. Give one, then key=value pairs.")
-    sources = [(recipe, _read_recipe(recipe)) for recipe in recipes]
-    for name, value in sorted(environment.items()):
-        if name.startswith("LUTHIER_"):
-            sources.append((f"environment variable {name}", {name.removeprefix("LUTHIER_").lower(): value}))
+    settings = [(f"recipe {recipe}", name, value) for recipe in recipes for name, value in _read_recipe(recipe)]
+    for variable, value in sorted(environment.items()):
+        if variable.startswith("LUTHIER_"):
+            name = variable.removeprefix("LUTHIER_").lower()
+            settings.append((f"environment variable {variable}", name, value))
     pairs = [argument.partition("=") for argument in arguments if "=" in argument]
-    sources += [("command line", {name.removeprefix("--"): value}) for name, _, value in pairs]
-    return sources
+    settings += [("command line", name.removeprefix("--"), value) for name, _, value in pairs]
+    return settings
 
 
-def _read_recipe(name: str) -> dict[str, Any]:
-    path = Path(name)
+def _read_recipe(name: str) -> list[tuple[str, Any]]:
+    """Return the lines of a recipe: scalars as they are written, so that they read as on the command line."""
     if name.startswith("-"):
-        raise UserError(f"unknown option {name}. Keys are given as key=value; `luthier --help` shows how.")
-    if not path.is_file():
-        raise UserError(f"recipe {name}: no such file. Give a YAML file, or key=value pairs.")
+        raise UserError(f"unknown option {name}. Keys are given as key=value; `luthier sft --help` shows how.")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        loader = yaml.SafeLoader(Path(name).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return []
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"recipe {name}: expected `key: value` lines.")
+        return [
+            (
+                str(key.value),
+                value.value if isinstance(value, yaml.ScalarNode) else loader.construct_object(value, True),
+            )
+            for key, value in node.value
+        ]
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"recipe {name}: {reason}. Give a YAML file, or keys as key=value.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {name}: not valid YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {name}: expected `key: value` lines, found a {type(values).__name__}.")
-    return {str(key): value for key, value in values.items()}
 
 
 def _field(model: type[Keys], name: str, place: str) -> str:
@@ -255,50 +287,52 @@ def _field(model: type[Keys], name: str, place: str) -> str:
     return known[name]
 
 
-def _parse(model: type[Keys], field: str, value: Any) -> Any:
-    """Read a string as YAML where the key takes something other than text."""
-    annotation = model.model_fields[field].annotation
-    if not isinstance(value, str) or _is_text(annotation):
+def _parse(annotation: Any, value: Any) -> Any:
+    """Read text as JSON or YAML where the key takes a list or a mapping; pydantic reads text, numbers and switches."""
+    if not isinstance(value, str):
         return value
-    if value.strip().lower() in ("none", "null") and type(None) in get_args(annotation):
+    choices = get_args(annotation) if _is_union(annotation) else (annotation,)
+    if type(None) in choices and value.strip().lower() in ("", "none", "null", "~"):
         return None
-    if str in get_args(annotation):
+    if not any(get_origin(choice) in (list, dict) for choice in choices):
         return value
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-    # YAML 1.1 reads `1e-5` as text; pydantic reads it as the number it is.
-    return value if parsed is None else parsed
+    # YAML reads nearly all JSON, but 1e-5 as text.
+    for read, failure in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):
+        try:
+            return read(value)
+        except failure:
+            continue
+    return value
 
 
-def _explain(error: ValidationError, places: Mapping[str, str]) -> str:
+def _explain(model: type[Keys], error: ValidationError, places: Mapping[str, str]) -> str:
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
-        return message[0].upper() + message[1:] + "."
-    name = str(first["loc"][0])
-    return f"{name}={_yaml(first['input'])} ({places.get(name, 'default')}): {message[0].lower() + message[1:]}."
+        return message + "."
+    row = _row(str(first["loc"][0]), model.model_fields[str(first["loc"][0])])
+    message = message[0].lower() + message[1:]
+    place = places.get(row.name, "default")
+    return f"{row.name}={_yaml(first['input'])} ({place}): {message}. It takes {row.type}: {row.meaning}"
 
 
 def _aliases(field: Any) -> list[str]:
     return (field.json_schema_extra or {}).get("aliases", [])
 
 
-def _is_text(annotation: Any) -> bool:
-    return annotation is str or (get_origin(annotation) is Literal and all(isinstance(a, str) for a in get_args(annotation)))
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
 
 
 def _type_name(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return ", ".join(f"`{argument}`" if argument else "empty" for argument in get_args(annotation))
-    if origin is Annotated:
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" if choice else "empty" for choice in get_args(annotation))
+    if _is_union(annotation):
+        return " or ".join(_type_name(choice) for choice in get_args(annotation) if choice is not type(None))
+    if get_origin(annotation) is Annotated:
         return _type_name(get_args(annotation)[0])
-    if origin is Union or str(origin) == "<class 'types.UnionType'>":
-        return " or ".join(_type_name(argument) for argument in get_args(annotation) if argument is not type(None))
     names = {int: "integer", float: "number", str: "text", bool: "true or false", list: "list", dict: "mapping"}
-    return names.get(origin or annotation, str(annotation))
+    return names[get_origin(annotation) or annotation]
 
 
 def _yaml(value: Any) -> str:
@@ -307,4 +341,4 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
 
 
-__all__ = ["COMMANDS", "SftConfig", "describe", "resolve", "save"]
+__all__ = ["COMMANDS", "Row", "SftConfig", "describe", "resolve", "save"]

@@ -1,0 +1,1 @@
+"""Rows of a dataset -> batches of tokens: source, schemas, chat, packing."""

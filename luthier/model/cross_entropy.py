@@ -48,3 +48,191 @@ def token_logp(
         if cotangent_BT is None:
             return TokenScores(*_scores(hidden_BTD, head_VD, targets_BT))
         return TokenScores(*_linear_scores(hidden_BTD, head_VD, targets_BT, jax.lax.stop_gradient(cotangent_BT)))
+
+
+@jax.custom_vjp
+def _scores(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _over_mesh(_local_scores, hidden_BTD, head_VD, targets_BT)[:2]
+
+
+def _scores_forward(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> Any:
+    logp_BT, correct_BT, lse_BT = _over_mesh(_local_scores, hidden_BTD, head_VD, targets_BT)
+    return (logp_BT, correct_BT), (hidden_BTD, head_VD, targets_BT, lse_BT)
+
+
+def _scores_backward(saved: Any, cotangents: Any) -> Any:
+    hidden_BTD, head_VD, targets_BT, lse_BT = saved
+    gradients = _over_mesh(_local_gradients, hidden_BTD, head_VD, targets_BT, lse_BT, cotangents[0])
+    return *gradients, None
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
+@jax.custom_vjp
+def _linear_scores(hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> tuple[jax.Array, jax.Array]:
+    return _scores(hidden_BTD, head_VD, targets_BT)
+
+
+def _linear_scores_forward(hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> Any:
+    *scores, dhidden_BTD, dhead_VD = _over_mesh(_local_linear, hidden_BTD, head_VD, targets_BT, cotangent_BT)
+    return tuple(scores), (dhidden_BTD, dhead_VD, cotangent_BT)
+
+
+def _linear_scores_backward(saved: Any, cotangents: Any) -> Any:
+    dhidden_BTD, dhead_VD, announced_BT = saved
+    actual_BT = cotangents[0]
+    square = jnp.sum(announced_BT * announced_BT)
+    factor = jnp.where(square > 0, jnp.sum(actual_BT * announced_BT) / square, 0)
+    error = jnp.sum(jnp.square(actual_BT - factor * announced_BT))
+    factor = jnp.where(error <= 1e-6 * jnp.sum(jnp.square(actual_BT)), factor, jnp.nan)
+    return (dhidden_BTD * factor).astype(dhidden_BTD.dtype), (dhead_VD * factor).astype(dhead_VD.dtype), None, None
+
+
+_linear_scores.defvjp(_linear_scores_forward, _linear_scores_backward)
+
+
+class _Axes(NamedTuple):
+    """The mesh axes that rows and vocabulary are split over inside ``shard_map``; empty where they are whole."""
+
+    batch: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ()
+
+
+def _over_mesh(local: Any, hidden_BTD: jax.Array, head_VD: jax.Array, *arrays_BT: jax.Array) -> Any:
+    """Run ``local(axes, ...)`` on each device's rows and part of the vocabulary.
+
+    The gradient of the head is then summed over a device's chunks first and over devices once, at the end.
+    """
+    mesh = mesh_lib.current()
+    if mesh is None or mesh.size == 1:
+        return local(_Axes(), hidden_BTD, head_VD, *arrays_BT)
+    batch = mesh_lib.BATCH_AXES if hidden_BTD.shape[0] % mesh_lib.batch_shards(mesh) == 0 else ()
+    vocab = ("tensor",) if head_VD.shape[0] % mesh.shape["tensor"] == 0 else ()
+    by_row, by_token = P(batch or None), P(vocab or None)
+    outputs = {
+        _local_scores: (by_row, by_row, by_row),
+        _local_gradients: (by_row, by_token),
+        _local_linear: (by_row, by_row, by_row, by_token),
+    }[local]
+    return jax.shard_map(
+        functools.partial(local, _Axes(batch, vocab)),
+        mesh=mesh,
+        in_specs=(by_row, by_token, *[by_row] * len(arrays_BT)),
+        out_specs=outputs,
+        check_vma=False,
+    )(hidden_BTD, head_VD, *arrays_BT)
+
+
+def _local_scores(axes: _Axes, hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> Any:
+    """Return (log-probs, correct, log-sum-exp), each ``[B, T]``."""
+    head = head_VD.astype(hidden_BTD.dtype)
+
+    def chunk(_: None, arrays: Any) -> Any:
+        hidden_MD, targets_M = arrays
+        return None, _score(axes, _logits(head, hidden_MD), targets_M)
+
+    return _over_chunks(chunk, None, head_VD.shape[0], hidden_BTD, targets_BT)[1]
+
+
+def _local_gradients(
+    axes: _Axes, hidden_BTD: Any, head_VD: Any, targets_BT: Any, lse_BT: Any, cotangent_BT: Any
+) -> Any:
+    """Return the gradients of (hidden, head), with the logits computed again."""
+    head = head_VD.astype(hidden_BTD.dtype)
+    head_DV = transposed(head)
+
+    def chunk(dhead_VD: jax.Array, arrays: Any) -> Any:
+        hidden_MD, targets_M, lse_M, cotangent_M = arrays
+        logits_VM = _logits(head, hidden_MD)
+        return _gradients(axes, dhead_VD, head_DV, hidden_MD, targets_M, cotangent_M, logits_VM, lse_M)
+
+    start = jnp.zeros(head_VD.shape, jnp.float32)
+    arrays = (hidden_BTD, targets_BT, lse_BT, cotangent_BT)
+    dhead_VD, dhidden_BTD = _over_chunks(chunk, start, head_VD.shape[0], *arrays)
+    return dhidden_BTD, _sum_over(axes.batch, dhead_VD).astype(head_VD.dtype)
+
+
+def _local_linear(axes: _Axes, hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> Any:
+    """Return (log-probs, correct, gradient of hidden, gradient of head) in one pass over the logits."""
+    head = head_VD.astype(hidden_BTD.dtype)
+    head_DV = transposed(head)
+
+    def chunk(dhead_VD: jax.Array, arrays: Any) -> Any:
+        hidden_MD, targets_M, cotangent_M = arrays
+        logits_VM = _logits(head, hidden_MD)
+        logp_M, correct_M, lse_M = _score(axes, logits_VM, targets_M)
+        dhead_VD, dhidden_MD = _gradients(axes, dhead_VD, head_DV, hidden_MD, targets_M, cotangent_M, logits_VM, lse_M)
+        return dhead_VD, (logp_M, correct_M, dhidden_MD)
+
+    start = jnp.zeros(head_VD.shape, jnp.float32)
+    arrays = (hidden_BTD, targets_BT, cotangent_BT)
+    dhead_VD, (logp_BT, correct_BT, dhidden_BTD) = _over_chunks(chunk, start, head_VD.shape[0], *arrays)
+    return logp_BT, correct_BT, dhidden_BTD, _sum_over(axes.batch, dhead_VD).astype(head_VD.dtype)
+
+
+def _logits(head: jax.Array, hidden_MD: jax.Array) -> jax.Array:
+    """Return fp32 logits ``[V, M]``."""
+    return jax.lax.dot_general(head, hidden_MD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _score(axes: _Axes, logits_VM: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (log-probs, correct, log-sum-exp) of a chunk, each ``[M]``."""
+    top_M = logits_VM.max(axis=0)
+    top_M = jax.lax.pmax(top_M, axes.vocab) if axes.vocab else top_M
+    lse_M = top_M + jnp.log(_sum_over(axes.vocab, jnp.exp(logits_VM - top_M).sum(axis=0)))
+    rows_M = targets_M - _first_token(axes, logits_VM)
+    here_M = (rows_M >= 0) & (rows_M < logits_VM.shape[0])
+    found_M = jnp.take_along_axis(logits_VM, jnp.where(here_M, rows_M, 0)[None], axis=0)[0]
+    target_M = _sum_over(axes.vocab, jnp.where(here_M, found_M, 0))
+    return target_M - lse_M, target_M >= top_M, lse_M
+
+
+def _gradients(
+    axes: _Axes,
+    dhead_VD: jax.Array,
+    head_DV: jax.Array,
+    hidden_MD: jax.Array,
+    targets_M: jax.Array,
+    cotangent_M: jax.Array,
+    logits_VM: jax.Array,
+    lse_M: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the head's gradient with this chunk's added, and the chunk's gradient of hidden ``[M, D]``."""
+    tokens_V = _first_token(axes, logits_VM) + jnp.arange(logits_VM.shape[0])
+    hit_VM = (tokens_V[:, None] == targets_M).astype(jnp.float32)
+    dlogits_VM = fence(((hit_VM - jnp.exp(logits_VM - lse_M)) * cotangent_M).astype(hidden_MD.dtype))
+    dhead_VD = dhead_VD + jax.lax.dot(dlogits_VM, hidden_MD, preferred_element_type=jnp.float32)
+    dhidden_DM = fence(jax.lax.dot(head_DV, dlogits_VM, preferred_element_type=jnp.float32))
+    return dhead_VD, _sum_over(axes.vocab, dhidden_DM).T.astype(hidden_MD.dtype)
+
+
+def _first_token(axes: _Axes, logits_VM: jax.Array) -> Any:
+    return jax.lax.axis_index(axes.vocab) * logits_VM.shape[0] if axes.vocab else 0
+
+
+def _sum_over(names: tuple[str, ...], x: jax.Array) -> jax.Array:
+    return jax.lax.psum(x, names) if names else x
+
+
+def _over_chunks(step: Any, carry: Any, vocab: int, *arrays: jax.Array) -> tuple[Any, Any]:
+    """Scan ``step(carry, chunks of arrays)`` along time; arrays ``[B, T, ...]`` reach it as ``[M, ...]``, M = B * time."""
+    B, T = arrays[0].shape[:2]
+    count = _chunk_count(B, T, vocab)
+    size = -(-T // count)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, count * size - T), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(B, count, size, *x.shape[2:]).swapaxes(0, 1).reshape(count, B * size, *x.shape[2:])
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.reshape(count, B, size, *x.shape[2:]).swapaxes(0, 1).reshape(B, count * size, *x.shape[2:])[:, :T]
+
+    carry, outputs = jax.lax.scan(step, carry, tuple(split(x) for x in arrays))
+    return carry, jax.tree.map(join, outputs)
+
+
+def _chunk_count(B: int, T: int, vocab: int) -> int:
+    """Return the fewest chunks whose logits fit the limit; a few more where those cut ``T`` evenly."""
+    fewest = min(T, -(-B * T * vocab * 4 // LOGITS_LIMIT[mesh_lib.platform()]))
+    return next((count for count in range(fewest, 2 * fewest) if T % count == 0), fewest)

@@ -95,5 +95,7 @@ def _weight_axes(einsum: str) -> tuple[int, int, bool]:
     out = "".join(axis for axis in y_axes if axis in w_axes)
     rows = x_axes.removesuffix(contracted)
     if not contracted or not out or y_axes != rows + out or w_axes not in (contracted + out, out + contracted):
-        raise ValueError(f"dense: einsum `{einsum}` is not `rows in, in out -> rows out` nor `rows in, out in -> rows out`")
+        raise ValueError(
+            f"dense: einsum `{einsum}` is not `rows in, in out -> rows out` nor `rows in, out in -> rows out`"
+        )
     return len(contracted), len(out), w_axes == out + contracted

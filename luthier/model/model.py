@@ -68,4 +68,4 @@ class Model:
             cotangent_BT = jnp.roll(cotangent_BT.at[:, 0].set(0.0), -1, axis=1)
         with jax.named_scope("cross_entropy"):
             ahead = token_logp(hidden_BTD, self.family.head(params), targets_BT, cotangent_BT)
-        return TokenScores(*(jnp.roll(score_BT, 1, axis=1).at[:, 0].set(0) for score_BT in ahead))
+        return TokenScores(*(jnp.roll(score_BT, 1, axis=1).at[:, 0].set(jnp.zeros((), score_BT.dtype)) for score_BT in ahead))

@@ -141,10 +141,10 @@ def _muon(keys: TrainKeys, spec: Tree, adam: Transformation, moments: Any) -> Tr
     """Muon on the layers' matrices, scaled to AdamW's update size (arXiv 2502.16982, eq. 4); AdamW on the rest."""
     dimensions = map_spec(lambda param: _muon_dimensions(param), spec)
     labels = map_spec(lambda param: "muon" if _is_hidden_matrix(param) else "adam", spec)
-    muon = optax.chain(
-        store_as(optax.contrib.scale_by_muon(beta=keys.adam_b1, weight_dimension_numbers=_unmasked(dimensions)), moments),
-        optax.contrib.scale_by_shape(weight_dimension_numbers=_unmasked(dimensions), consistent_rms=0.2),
+    orthogonal = optax.contrib.scale_by_muon(
+        beta=keys.adam_b1, mu_dtype=moments, weight_dimension_numbers=_unmasked(dimensions)
     )
+    muon = optax.chain(orthogonal, optax.stateless(lambda updates, _: _map_unmasked(_as_large_as_adam, updates, spec)))
     return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
@@ -163,14 +163,20 @@ def _muon_dimensions(param: Param) -> optax.contrib.MuonDimensionNumbers | None:
     return optax.contrib.MuonDimensionNumbers(reduction_axis=reduction, output_axis=output)
 
 
+def _as_large_as_adam(update: jax.Array, param: Param) -> jax.Array:
+    return update * (0.2 * max(param.tensor_shape) ** 0.5)
+
+
 def _unmasked(dimensions: Tree) -> Callable[[Tree], Tree]:
     """Return the dimensions as a function of the partitioned tree, whose other leaves optax has masked out."""
+    return lambda params: _map_unmasked(lambda _, d: d, params, dimensions)
 
-    def select(params: Tree) -> Tree:
-        masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
-        return jax.tree.map(lambda x, d: x if masked(x) else d, params, dimensions, is_leaf=masked)
 
-    return select
+def _map_unmasked(function: Callable[..., Any], tree: Tree, beside: Tree) -> Tree:
+    def masked(leaf: Any) -> bool:
+        return isinstance(leaf, optax.MaskedNode)
+
+    return jax.tree.map(lambda x, y: x if masked(x) else function(x, y), tree, beside, is_leaf=masked)
 
 
 def _as_matrix(x: jax.Array, param: Param) -> jax.Array:

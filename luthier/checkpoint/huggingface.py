@@ -1,0 +1,240 @@
+"""Weights between a checkpoint's tensors and our sharded, stacked arrays, and the folder that a run leaves.
+
+Tensors pass one at a time in both directions: loading holds the model and two tensors, saving the same. Types are
+converted on the host, where subnormal numbers survive. Left out on purpose: optimizer state (``state``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from luthier import mesh as mesh_lib
+from luthier.checkpoint import tensors as files
+from luthier.checkpoint import tokenizer as tokenizer_files
+from luthier.checkpoint.source import Source
+from luthier.checkpoint.tensors import Stored
+from luthier.errors import UserError
+from luthier.model import param as param_lib
+from luthier.model.param import Param, Tree
+
+SHARD_LIMIT = 5 * 10**9
+_FLOATS = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "float16", "bfloat16")}
+_LISTED = 20
+
+
+def check(source: Source, spec: Tree) -> None:
+    """Compare the checkpoint's headers with ``spec``, before any value is read.
+
+    Raises one UserError that lists every missing, unexpected and misshapen tensor, and every type that is not a float.
+    """
+    wanted, found = param_lib.tensor_shapes(spec), source.tensors
+    faults = [f"missing: {name} {_shape(shape)}" for name, shape in wanted.items() if name not in found]
+    faults += [
+        f"unexpected: {name} {_shape(tensor.shape)}"
+        for name, tensor in found.items()
+        if name not in wanted and not _harmless(name)
+    ]
+    for name in wanted.keys() & found.keys():
+        tensor = found[name]
+        if tensor.shape != tuple(wanted[name]):
+            faults.append(f"misshapen: {name} is {_shape(tensor.shape)}, config.json asks for {_shape(wanted[name])}")
+        elif tensor.dtype not in _FLOATS.values():
+            faults.append(f"not a float of 16 or 32 bits: {name} is {tensor.dtype}")
+    if faults:
+        more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise UserError(
+            f"{source.path}: {len(faults)} tensors do not fit its config.json:\n  "
+            + "\n  ".join(sorted(faults)[:_LISTED])
+            + more
+            + "\nIs it the checkpoint of another model, or are shards missing?"
+        )
+
+
+def load(source: Source, spec: Tree, dtype: Any, mesh: Mesh) -> Tree:
+    """Return the weights as ``dtype``, stacked as ``spec`` says and sharded over ``mesh``; every process calls it.
+
+    Raises UserError as ``check`` does. A ``random`` source has no tensors: ``param.initialise`` makes its weights.
+    """
+    check(source, spec)
+    empty = jax.jit(
+        lambda: param_lib.map_spec(lambda param: jnp.zeros(param.shape, dtype), spec),
+        out_shardings=param_lib.shardings(spec, mesh),
+    )()
+    return param_lib.map_spec(partial(_fill, source, mesh), spec, empty)
+
+
+def save(
+    folder: Path,
+    params: Tree,
+    spec: Tree,
+    source: Source,
+    tokenizer: Any,
+    *,
+    dtype: str = "auto",
+    chat_template: str = "",
+    card: str = "",
+    shard_limit: int = SHARD_LIMIT,
+) -> None:
+    """Write ``folder`` as Transformers reads it, and put it in its place only when it is whole; every process calls it.
+
+    ``dtype`` is the type of the weights, ``auto`` the type that each tensor was loaded in. ``chat_template`` replaces
+    the tokenizer's own, ``card`` is the text of README.md. A failure leaves the folder that was there before. The one
+    gap is between two renames: a machine that dies just there leaves the old model as ``.NAME.old``.
+    """
+    shards = files.shard(_outgoing(params, spec, source, dtype), shard_limit)
+    if jax.process_index() == 0:
+        _write(folder, shards, source, tokenizer, dtype, chat_template, card)
+    else:
+        for tensor in (tensor for group in shards.values() for tensor in group.values()):
+            tensor.read()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def _fill(source: Source, mesh: Mesh, param: Param, array: jax.Array) -> jax.Array:
+    sharding = mesh_lib.sharding(param.slice_axes, param.slice_shape, mesh)
+    for name, index in param.tensors().items():
+        piece = param.from_tensor(source.tensors[name].read())
+        array = _put(array, _place(piece, array.dtype, sharding), index, array.sharding)
+        array.block_until_ready()
+    return array
+
+
+def _place(piece: np.ndarray, dtype: Any, sharding: NamedSharding) -> jax.Array:
+    """Each device takes its own part of the host's ``piece``, in the memory order and type that it will have there."""
+    return jax.make_array_from_callback(
+        piece.shape, sharding, lambda part: np.ascontiguousarray(piece[part]).astype(dtype, copy=False)
+    )
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(array: jax.Array, piece: jax.Array, index: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """Write one slice in place. Arrays made so may be donated later, which the host's own memory may not."""
+    start = (*index, *[0] * piece.ndim)
+    array = jax.lax.dynamic_update_slice(array, jnp.expand_dims(piece, tuple(range(len(index)))), start)
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
+@partial(jax.jit, static_argnums=2)
+def _take(array: jax.Array, index: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """Return one slice, whole on every device."""
+    for place in index:
+        array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def _outgoing(params: Tree, spec: Tree, source: Source, dtype: str) -> dict[str, Stored]:
+    """Return {Hugging Face name: tensor} of our arrays, each gathered when it is read."""
+    found: dict[str, Stored] = {}
+
+    def add(param: Param, array: jax.Array) -> None:
+        for name, index in param.tensors().items():
+            kind = _FLOATS[dtype] if dtype != "auto" else _loaded_type(source, name, array)
+            found[name] = Stored(param.tensor_shape, kind, partial(_gather, param, array, index, kind))
+
+    param_lib.map_spec(add, spec, params)
+    return found
+
+
+def _loaded_type(source: Source, name: str, array: jax.Array) -> np.dtype:
+    return source.tensors[name].dtype if name in source.tensors else np.dtype(array.dtype)
+
+
+def _gather(param: Param, array: jax.Array, index: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    mesh = array.sharding.mesh
+    piece = _take(array, index, NamedSharding(mesh, PartitionSpec()))
+    return param.to_tensor(np.asarray(piece.addressable_data(0))).astype(dtype, order="C", copy=False)
+
+
+def _write(
+    folder: Path,
+    shards: dict[str, dict[str, Stored]],
+    source: Source,
+    tokenizer: Any,
+    dtype: str,
+    chat_template: str,
+    card: str,
+) -> None:
+    partial_folder = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    try:
+        for name, group in shards.items():
+            files.write_safetensors(partial_folder / name, group)
+        if len(shards) > 1:
+            _write_json(partial_folder / files.INDEX, files.index(shards))
+        _write_json(partial_folder / "config.json", _saved_config(source, dtype))
+        _write_json(partial_folder / "generation_config.json", _generation_config(source))
+        (partial_folder / "README.md").write_text(card)
+        tokenizer_files.save(tokenizer, partial_folder, chat_template)
+        for path in partial_folder.iterdir():
+            _sync(path)
+        _sync(partial_folder)
+        _replace(partial_folder, folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def _replace(new: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _saved_config(source: Source, dtype: str) -> dict[str, Any]:
+    """Return the original config with the type of what was written; Transformers 4 called that field torch_dtype."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = dict(source.config)
+    config.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]])
+    if dtype == "auto":
+        kinds = {str(tensor.dtype) for name, tensor in source.tensors.items() if not _harmless(name)}
+        dtype = kinds.pop() if len(kinds) == 1 else ""
+    if dtype:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    return config
+
+
+def _generation_config(source: Source) -> dict[str, Any]:
+    path = source.path / "generation_config.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: source.config[name] for name in ids if source.config.get(name) is not None}
+
+
+def _harmless(name: str) -> bool:
+    """Buffers that old checkpoints stored, and the head of a tied model, which is the embedding again."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+def _shape(shape: Any) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

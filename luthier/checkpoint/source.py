@@ -1,0 +1,149 @@
+"""What ``load_parameters_path`` and ``model_name`` mean: a place with a config and tensors.
+
+Cheap: no jax and no Transformers, so that a wrong path is refused at once; a hub model's small files are fetched here
+and its weights when they are first asked for. Left out on purpose: MaxText's Orbax folders, which are refused with
+what to do instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from luthier.checkpoint import gguf, hub, tensors
+from luthier.config import ModelKeys
+from luthier.errors import UserError, did_you_mean
+
+# MaxText's names of Llama models and the hub's.
+MAXTEXT_NAMES = {
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-8b-Instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama3.1-70b-Instruct": "meta-llama/Llama-3.1-70B-Instruct",
+    "llama3.1-405b": "meta-llama/Llama-3.1-405B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
+}
+_ACCEPTED = "Give a Hugging Face folder, a hub id, a .gguf file or a Luthier run."
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to start from.
+
+    ``name`` is what a model card calls it, ``path`` its folder or ``.gguf`` file, ``config`` its ``config.json``, and
+    ``hub_id`` is set where it came from the hub. ``random`` has no tensors: its weights are to be initialised.
+    """
+
+    kind: Literal["huggingface", "gguf", "random"]
+    name: str
+    path: Path
+    config: dict[str, Any]
+    hub_id: str = ""
+    token: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, tensors.Stored]:
+        """{Hugging Face name: tensor}, from the headers alone; a hub model's weights are fetched by the first look.
+
+        Raises UserError where they are missing, damaged or of a type that cannot be read.
+        """
+        if self.kind == "random":
+            return {}
+        if self.kind == "gguf":
+            return gguf.read_tensors(self.path)
+        if self.hub_id:
+            hub.fetch(self.hub_id, [*hub.SMALL_FILES, *hub.WEIGHT_FILES], self.token)
+        return tensors.read_folder(self.path)
+
+
+def resolve(keys: ModelKeys) -> Source:
+    """Return the source that ``load_parameters_path`` names, by default ``model_name``.
+
+    Raises UserError where it is not there, has no config, or is of a kind that cannot be read.
+    """
+    random = keys.load_parameters_path == "random"
+    name = keys.model_name if random or not keys.load_parameters_path else keys.load_parameters_path
+    key = "model_name" if name == keys.model_name else "load_parameters_path"
+    source = _find(name, key, keys.hf_access_token)
+    if random:
+        return Source("random", source.name, source.path, source.config, source.hub_id, source.token)
+    return source
+
+
+def _find(name: str, key: str, token: str | None) -> Source:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _file(path, name, key)
+    if path.is_dir():
+        return _folder(path, name, key)
+    if re.match(r"\w+://", name):
+        raise UserError(f"{key}={name}: buckets cannot be read yet. Copy it to a local folder first.")
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or "\\" in name:
+        raise UserError(f"{key}={name}: no such file or folder. {_ACCEPTED}")
+    hub_id = MAXTEXT_NAMES.get(name, name)
+    if "/" not in hub_id:
+        hint = did_you_mean(name, list(MAXTEXT_NAMES))
+        raise UserError(f"{key}={name}: no such folder, and no model name known here.{hint} {_ACCEPTED}")
+    folder = hub.fetch(hub_id, hub.SMALL_FILES, token)
+    return Source("huggingface", hub_id, folder, _read_config(folder, f"{key}={name}"), hub_id, token)
+
+
+def _file(path: Path, name: str, key: str) -> Source:
+    if path.suffix != ".gguf":
+        raise UserError(f"{key}={name}: a file that is not a .gguf. {_ACCEPTED}")
+    return Source("gguf", path.stem, path, gguf.read_config(path))
+
+
+def _folder(folder: Path, name: str, key: str) -> Source:
+    place = f"{key}={name}"
+    if (folder / "config.json").is_file():
+        return Source("huggingface", name, folder, _read_config(folder, place))
+    if (folder / "model" / "config.json").is_file():
+        return Source("huggingface", name, folder / "model", _read_config(folder / "model", place))
+    if _is_orbax(folder) or _is_orbax(folder / "items"):
+        raise UserError(
+            f"{place}: a MaxText (Orbax) checkpoint, which this version does not read. Convert it with MaxText's "
+            "`to_huggingface` and give the folder that it writes."
+        )
+    if (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{place}: a Luthier run that has not written its model/ yet. Run its command again to finish it."
+        )
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files:
+        raise UserError(f"{place}: a folder of GGUF files without config.json. Name one file: {folder / files[0]}.")
+    raise UserError(f"{place}: no config.json in this folder. {_ACCEPTED}")
+
+
+def _is_orbax(folder: Path) -> bool:
+    return any(
+        (folder / mark).exists() for mark in ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", "_sharding")
+    )
+
+
+def _read_config(folder: Path, place: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{place}: no config.json there. {_ACCEPTED}")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}.") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path}: no `model_type`, so it is not a model's config.json.")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise UserError(f"{place}: quantised with {method}, which cannot be trained. Give the unquantised checkpoint.")
+    return config

@@ -1,0 +1,160 @@
+"""Named tensors in files: shape and type from the header, values one tensor at a time.
+
+The safetensors format is eight bytes of length, a JSON header and the values, so that reading and writing it take a
+few lines here. The library's own writer takes all tensors of a file at once; this one takes them as they come, which
+keeps the memory of a save at one tensor. Left out on purpose: memory mapping, whose pages would count as ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from luthier.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_TYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies elsewhere: ``shape`` and ``dtype`` are known, ``read()`` brings the values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the values in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_folder(folder: Path) -> dict[str, Stored]:
+    """Return {name: tensor} of a Hugging Face folder's safetensors: one file, or shards with their index.
+
+    Raises UserError where there are none, a shard of the index is missing, or a file is damaged.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise UserError(
+                f"{index}: names {len(missing)} of {len(shards)} shards that are not in the folder: "
+                f"{', '.join(missing[:5])}. Download the checkpoint again."
+            )
+    elif (folder / SINGLE).is_file():
+        shards = [SINGLE]
+    else:
+        raise UserError(f"{folder}: {_no_weights(folder)}")
+    return {name: tensor for shard in shards for name, tensor in read_safetensors(folder / shard).items()}
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """Return {name: tensor} of one file. Raises UserError where it is not whole."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise UserError(f"{path}: not a safetensors file. Download it again (a Git LFS pointer, perhaps).")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    start = 8 + length
+    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end > size:
+        raise UserError(f"{path}: cut short at {size:,} of {end:,} bytes. Download it again.")
+    return {name: _stored(path, name, entry, start) for name, entry in header.items()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write one file, reading one tensor at a time, and make sure that it is on the disk."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        offsets = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        offset = offsets[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            values = np.ascontiguousarray(tensor.read(), tensor.dtype)
+            file.write(values.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def shard(tensors: Mapping[str, Stored], limit: int) -> dict[str, dict[str, Stored]]:
+    """Return {file name: its tensors}, each file at most ``limit`` bytes of values unless one tensor is more."""
+    groups: list[dict[str, Stored]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and filled + tensor.nbytes > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def index(shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, Any]:
+    """Return the contents of the index file of ``shards``."""
+    total = sum(tensor.nbytes for group in shards.values() for tensor in group.values())
+    weight_map = {name: file for file, group in shards.items() for name in group}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stored:
+    if entry["dtype"] not in _TYPES:
+        raise UserError(f"{path}: tensor `{name}` has type {entry['dtype']}, which is not supported.")
+    shape, dtype = tuple(entry["shape"]), _TYPES[entry["dtype"]]
+    begin, end = entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise UserError(f"{path}: tensor `{name}` has {end - begin} bytes for shape {shape}. Download it again.")
+
+    def read() -> np.ndarray:
+        values = np.fromfile(path, np.uint8, count=end - begin, offset=start + begin)
+        return values.view(dtype).reshape(shape)
+
+    return Stored(shape, dtype, read)
+
+
+def _no_weights(folder: Path) -> str:
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return f"found {', '.join(others[:5])} without {INDEX}. Name the one file {SINGLE}, or add the index."
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        return (
+            f"holds {pickled[0]}, a pickle, and no safetensors. Convert it once, where torch is installed: "
+            "`AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`."
+        )
+    return f"no weights: {SINGLE} or {INDEX} is missing."

@@ -1,0 +1,131 @@
+"""The command line: `luthier COMMAND [recipe.yml] key=value ...`.
+
+Everything is parsed and checked before a command's own module is imported, so that help and a typo take no time.
+
+Left out on purpose: option parsing. A command has keys, and `config.py` holds them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from luthier import __version__
+from luthier.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its usage, what it does, the module whose ``run`` does it, and the keys that its help shows.
+
+    Where ``config.COMMANDS`` has keys for it, ``run`` is given the resolved configuration, else the bare arguments.
+    """
+
+    usage: str
+    summary: str
+    module: str
+    shown_keys: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "sft": Command(
+        "[recipe.yml] key=value ...",
+        "Fine-tune a model on conversations or text.",
+        "luthier.train.sft",
+        (
+            *("model_name", "load_parameters_path", "hf_path", "train_split", "hf_eval_split", "train_data_columns"),
+            *("run_name", "base_output_directory", "steps", "num_epoch", "per_device_batch_size"),
+            *("gradient_accumulation_steps", "max_target_length", "learning_rate"),
+        ),
+    ),
+    "keys": Command("[command]", "List every key of a command: type, default, meaning.", "luthier.commands.keys"),
+}
+
+USAGE = """\
+Usage: luthier COMMAND ...
+
+{commands}
+
+`luthier COMMAND --help` says more about one; `luthier --version` prints the version.
+"""
+
+KEYS_HELP = """\
+Keys are set, the weakest first, by their defaults, by `key: value` lines in the recipe, by
+environment variables such as LUTHIER_STEPS=100, and by key=value on the command line.
+
+{keys}
+
+`luthier keys {command}` lists all {count} of them.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code: 0 done, 2 a mistake that the user can mend, 130 interrupted.
+
+    Anything else that goes wrong is left to raise.
+    """
+    name, *rest = arguments or [""]
+    try:
+        if name in ("-h", "--help", "help"):
+            print(usage(), end="")
+        elif name == "--version":
+            print(f"luthier {__version__}")
+        elif name not in COMMANDS:
+            raise UserError(_unknown(name))
+        elif "-h" in rest or "--help" in rest:
+            print(help_text(name), end="")
+        else:
+            _run(name, rest)
+    except UserError as error:
+        print(f"luthier {name if name in COMMANDS else ''}".rstrip() + f": {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("luthier: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def entry() -> None:
+    """Serve as the console script."""
+    raise SystemExit(main(sys.argv[1:]))
+
+
+def usage() -> str:
+    """Return the help that names the commands."""
+    width = max(map(len, COMMANDS))
+    return USAGE.format(commands="\n".join(f"  {name:<{width}}  {each.summary}" for name, each in COMMANDS.items()))
+
+
+def help_text(name: str) -> str:
+    """Return the help of one command."""
+    from luthier import config
+
+    command = COMMANDS[name]
+    text = f"Usage: luthier {name} {command.usage}\n\n{command.summary}\n"
+    if name not in config.COMMANDS:
+        return text
+    rows = {row.name: row for group in config.describe(name).values() for row in group}
+    width = max(map(len, command.shown_keys))
+    keys = "\n".join(
+        textwrap.fill(rows[key].meaning, 100, initial_indent=f"  {key:<{width}}  ", subsequent_indent=" " * (width + 4))
+        for key in command.shown_keys
+    )
+    return text + "\n" + KEYS_HELP.format(keys=keys, command=name, count=len(rows))
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
+    from luthier import config
+
+    settings = config.resolve(name, arguments, os.environ) if name in config.COMMANDS else arguments
+    importlib.import_module(COMMANDS[name].module).run(settings)
+
+
+def _unknown(name: str) -> str:
+    if not name:
+        return f"no command: give one of {', '.join(COMMANDS)}. `luthier --help` says more."
+    hint = did_you_mean(name, list(COMMANDS)) or f" There are {', '.join(COMMANDS)}."
+    return f"unknown command `{name}`.{hint}"

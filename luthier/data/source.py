@@ -1,0 +1,200 @@
+"""The configuration's data keys -> tokenised, packed rows to train on and to evaluate on.
+
+Left out on purpose: streaming. Everything is tokenised first, so that the number of steps is exact.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from luthier.data import chat, files, packing, schemas, store
+from luthier.data.batches import Batches, Packed, batches
+from luthier.data.formatter import Formatted
+from luthier.data.rows import Rows
+from luthier.errors import UserError
+from luthier.types import Example
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a split's rows. ``efficiency`` is the share of the packed rows' positions that hold tokens."""
+
+    source: str
+    rows: int
+    conversations: int
+    dropped: int
+    truncated: int
+    untrained: int
+    tokens: int
+    trained_tokens: int
+    packed_rows: int
+    efficiency: float
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def summary(self) -> str:
+        """Return one line for a run's header."""
+        counts = [f"{self.rows:,} rows"]
+        counts += [f"{n:,} {name}" for name in ("dropped", "truncated", "untrained") if (n := getattr(self, name))]
+        share = self.trained_tokens / self.tokens
+        return (
+            f"{', '.join(counts)}; {self.tokens:,} tokens, {share:.0%} trained; "
+            f"{self.packed_rows:,} packed rows, {self.efficiency:.0%} full"
+        )
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """One split after tokenising and packing. ``len`` is the number of packed rows."""
+
+    packed: Packed
+    rows: Rows
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def example(self, row: int) -> Example:
+        """Return the first conversation of a packed row, as it is trained on."""
+        return self.packed.examples(row)[0]
+
+    def source_rows(self, row: int) -> list[int]:
+        """Return the dataset's rows (from 0) that lie in a packed row."""
+        start, stop = self.packed.starts_R1[row : row + 2]
+        return self.packed.members_C[start:stop].tolist()
+
+    def places(self, row: int) -> list[str]:
+        """Return where those rows stand (file and line), for naming a bad batch."""
+        return [self.rows.place(index) for index in self.source_rows(row)]
+
+
+def load(keys: Any, tokenizer: Any, on_progress: store.Progress | None = None) -> tuple[TokenRows, TokenRows | None]:
+    """Return the training rows and the held-out rows, if any are asked for.
+
+    ``keys`` is the configuration (its data group, ``seed`` and ``hf_access_token``). ``on_progress`` is called with
+    the rows tokenised and their number. Raises UserError for all that can be wrong with the dataset.
+    """
+    how = chat.rendering(keys, tokenizer)
+    train, held_out = open_rows(keys)
+    shuffled = keys.seed if keys.enable_data_shuffling else None
+    trained = _token_rows(keys, tokenizer, how, train, shuffled, on_progress)
+    if held_out is None:
+        return trained, None
+    return trained, _token_rows(keys, tokenizer, how, held_out, None, on_progress)
+
+
+def open_rows(keys: Any) -> tuple[Rows, Rows | None]:
+    """Return the rows that ``keys`` name for training and for evaluation, formatted but not yet read."""
+    splits = files.open_splits(keys.hf_path, keys.hf_name, keys.hf_access_token)
+    train = _formatted(keys, files.open_split(splits, keys.train_split, keys.hf_path, "train_split"))
+    if keys.hf_eval_path:
+        splits = files.open_splits(keys.hf_eval_path, None, keys.hf_access_token, "hf_eval_path")
+        split = keys.hf_eval_split or next(name for name in ("validation", "test", *splits) if name in splits)
+        return train, _formatted(keys, files.open_split(splits, split, keys.hf_eval_path, "hf_eval_split"))
+    if keys.hf_eval_split:
+        return train, _formatted(keys, files.open_split(splits, keys.hf_eval_split, keys.hf_path, "hf_eval_split"))
+    return files.hold_out(train, keys.eval_fraction, keys.seed) if keys.eval_fraction else (train, None)
+
+
+def selection(keys: Any, rows: Rows) -> schemas.Selection:
+    """Return which columns to read: those that a formatter added, if they make a schema, else those of the key."""
+    added = schemas.recognise(getattr(rows, "added", ()))
+    if added is not None:
+        required = schemas.SCHEMAS[added.schema].required
+        return schemas.select(required, rows.columns, rows.source)
+    return schemas.select(keys.train_data_columns, rows.columns, rows.source)
+
+
+def _formatted(keys: Any, rows: Rows) -> Rows:
+    path = keys.formatting_func_path
+    return Formatted(rows, path, keys.formatting_func_kwargs) if path else rows
+
+
+def _token_rows(
+    keys: Any,
+    tokenizer: Any,
+    how: chat.Rendering,
+    rows: Rows,
+    seed: int | None,
+    on_progress: store.Progress | None,
+) -> TokenRows:
+    """Tokenise and pack ``rows``, in their order or, with a seed, in a random one."""
+    began = time.perf_counter()
+    job = store.Job(rows, selection(keys, rows), tokenizer, how)
+    tokens = store.tokens(job, keys.grain_worker_count, on_progress)
+    limit = keys.max_target_length
+    over_C = tokens.lengths_C > limit
+    drop = keys.overlong_rows == "drop"
+    trained_C = tokens.trained_C.copy()
+    for index in np.flatnonzero(over_C):
+        trained_C[index] = 0 if drop else tokens.example(int(index), limit).mask_T[1:].sum()
+    dropped_C = over_C if drop else np.zeros_like(over_C)
+    untrained_C = (trained_C == 0) & ~dropped_C
+    kept = np.flatnonzero(trained_C > 0)
+    if not len(kept):
+        raise UserError(_nothing_to_train(rows, tokens, untrained_C, limit))
+    if seed is not None:
+        kept = np.random.default_rng(seed).permutation(kept)
+    packed = _pack(tokens, kept, limit, keys.packing)
+    used = int(packed.lengths_C.sum())
+    report = Report(
+        source=rows.source,
+        rows=len(tokens),
+        conversations=len(kept),
+        dropped=int(dropped_C.sum()),
+        truncated=int((over_C & (trained_C > 0)).sum()),
+        untrained=int(untrained_C.sum()),
+        tokens=used,
+        trained_tokens=int(trained_C.sum()),
+        packed_rows=len(packed),
+        efficiency=used / (len(packed) * limit),
+        seconds=time.perf_counter() - began,
+        warnings=_warnings(rows, tokens, untrained_C, limit),
+    )
+    return TokenRows(packed, rows, report)
+
+
+def _pack(tokens: store.Tokens, kept_C: np.ndarray, limit: int, best_fit: bool) -> Packed:
+    lengths_C = np.minimum(tokens.lengths_C[kept_C], limit)
+    row_C = packing.best_fit(lengths_C, limit) if best_fit else np.arange(len(kept_C))
+    order_C, starts_R1 = packing.members(row_C)
+    return Packed(tokens, kept_C[order_C], lengths_C[order_C], starts_R1, limit)
+
+
+def _nothing_to_train(rows: Rows, tokens: store.Tokens, untrained_C: np.ndarray, limit: int) -> str:
+    longest = f"The longest row has {int(tokens.lengths_C.max(initial=0))} tokens."
+    if not untrained_C.any():
+        return f"{rows.source}: all {len(tokens)} rows are over max_target_length={limit}, and dropped. {longest}"
+    first = rows.place(int(np.flatnonzero(untrained_C)[0]))
+    if tokens.trained_C.any():
+        return (
+            f"{rows.source}: no row has a trained token within max_target_length={limit}: prompts alone fill it "
+            f"(first: {first}). {longest} Raise max_target_length."
+        )
+    return (
+        f"{rows.source}: none of its {len(tokens)} rows has a trained token (first: {first}). Are there replies "
+        "(role `assistant`) in the columns read, and does the chat template print them? "
+        "sft_train_on_completion_only=false trains on everything."
+    )
+
+
+def _warnings(rows: Rows, tokens: store.Tokens, untrained_C: np.ndarray, limit: int) -> tuple[str, ...]:
+    total = len(tokens)
+    found = [f"{text} ({count:,} of {total:,} rows)" for text, count in tokens.warnings.items()]
+    cut_C = untrained_C & (tokens.trained_C > 0)
+    for chosen_C, text in (
+        (cut_C, f"the prompt alone fills max_target_length={limit}, so nothing of it is trained"),
+        (untrained_C & ~cut_C, "no trained token, so the row is left out"),
+    ):
+        if chosen_C.any():
+            indices = np.flatnonzero(chosen_C)
+            places = "; ".join(rows.place(int(index)) for index in indices[:3])
+            found.append(f"{text} ({len(indices):,} of {total:,} rows: {places}{', ...' if len(indices) > 3 else ''})")
+    return tuple(found)
+
+
+__all__ = ["Batches", "Report", "TokenRows", "batches", "load", "open_rows"]

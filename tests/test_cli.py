@@ -1,0 +1,150 @@
+"""The command line as a user meets it: help, mistakes, exit codes, and what is imported before they are seen."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from luthier import __version__, cli
+from luthier.commands import keys
+from luthier.config import SftConfig
+from luthier.errors import UserError
+
+DOCS = Path(__file__).parents[1] / "docs"
+HEAVY = ("jax", "numpy", "transformers", "datasets", "grain", "optax", "orbax", "torch", "rich")
+
+
+def run(*arguments: str, module: str = "luthier") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """Put a stand-in where the training loop would be imported."""
+    received = []
+    module = type(sys)("luthier.train.sft")
+    module.run = received.append
+    monkeypatch.setitem(sys.modules, "luthier.train.sft", module)
+    return module, received
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown and command.summary in shown for name, command in cli.COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_each_command(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"luthier {name} {cli.COMMANDS[name].usage}" in shown
+    assert all(key in shown for key in cli.COMMANDS[name].shown_keys)
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"luthier {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["no command", "sft, keys"]),
+        (["stf"], ["unknown command `stf`", "Did you mean `sft`?"]),
+        (["qqqq"], ["unknown command `qqqq`", "sft, keys"]),
+        (["sft", "setps=3"], ["luthier sft: unknown key `setps`", "`steps`"]),
+        (["sft"], ["luthier sft: no model", "model_name=..."]),
+        (["keys", "stf"], ["luthier keys: no keys for `stf`", "Did you mean `sft`?"]),
+    ],
+)
+def test_a_mistake_exits_2_with_one_message(arguments, parts, capsys):
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("luthier")
+    assert shown.err.count("\n") == 1
+    assert all(part in shown.err for part in parts), shown.err
+
+
+def test_a_command_gets_its_resolved_configuration(training):
+    _, received = training
+    assert cli.main(["sft", "model_name=m", "hf_path=d", "steps=3"]) == 0
+    (config,) = received
+    assert isinstance(config, SftConfig)
+    assert config.steps == 3
+
+
+def test_a_mistake_found_while_running_exits_2(training, capsys):
+    module, _ = training
+    module.run = lambda config: (_ for _ in ()).throw(UserError("row 3: no messages"))
+    assert cli.main(["sft", "model_name=m", "hf_path=d"]) == 2
+    assert capsys.readouterr().err == "luthier sft: row 3: no messages\n"
+
+
+def test_ctrl_c_exits_130(training, capsys):
+    module, _ = training
+    module.run = lambda config: (_ for _ in ()).throw(KeyboardInterrupt)
+    assert cli.main(["sft", "model_name=m", "hf_path=d"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_keeps_its_traceback(training):
+    module, _ = training
+    module.run = lambda config: (_ for _ in ()).throw(ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["sft", "model_name=m", "hf_path=d"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["sft", "--help"], 0), (["sft", "setps=3"], 2), (["keys", "sft"], 0)],
+)
+def test_nothing_heavy_is_imported_for_help_and_typos(arguments, code):
+    program = (
+        f"import sys; from luthier.cli import main; code = main({arguments!r}); "
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]; sys.exit(str(heavy) if heavy else code)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == code, finished.stderr
+
+
+@pytest.mark.parametrize("module", ["luthier", "luthier.train.sft"])
+def test_a_typo_is_answered_at_once(module):
+    arguments = ["sft", "setps=3"] if module == "luthier" else ["setps=3"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        finished = run(*arguments, module=module)
+        seconds.append(time.perf_counter() - start)
+        assert finished.returncode == 2
+        assert finished.stderr == "luthier sft: unknown key `setps` (command line). Did you mean `steps`?\n"
+    assert min(seconds) < 1.0
+
+
+def test_help_is_answered_at_once():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0
+
+
+def test_the_page_of_keys_is_in_step():
+    written = (DOCS / "keys.md").read_text(encoding="utf-8")
+    assert written == keys.markdown("sft"), "run `make docs`"
+
+
+def test_keys_on_a_terminal_are_a_table(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["keys", "sft"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in SftConfig.model_fields)
+    assert "| ---" not in shown

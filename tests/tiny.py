@@ -1,0 +1,77 @@
+"""Tiny models for tests: `config.json` fields by name, and their Transformers twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama2": TINY | {"num_key_value_heads": 4},
+    "llama3": TINY | {"rope_theta": 500_000.0},
+    "llama3.1": TINY | {"rope_theta": 500_000.0, "rope_scaling": LLAMA31_ROPE, "head_dim": 32},
+    "llama-linear-rope": TINY | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama-biased": TINY | {"attention_bias": True, "mlp_bias": True},
+    "smollm2": TINY
+    | {"tie_word_embeddings": True, "rope_theta": 100_000.0, "num_attention_heads": 3, "num_key_value_heads": 1,
+       "hidden_size": 48},
+}  # fmt: skip
+
+
+def torch_twin(config: dict[str, Any], seed: int = 0) -> Any:
+    """Return Transformers' model of this config with random fp32 weights, biases and norms included."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    fields = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(config["model_type"], **fields, initializer_range=0.1),
+        attn_implementation="eager",
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight += 0.1 * torch.randn_like(weight)
+    return model.float().eval()
+
+
+def params_from_torch(spec: Any, model: Any) -> Any:
+    """Return our weights filled from a Transformers model through each Param's own layout."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from luthier.model.param import Param, map_spec
+
+    tensors = {name: weight.detach().numpy() for name, weight in model.state_dict().items()}
+
+    def fill(param: Param) -> Any:
+        array = np.empty(param.shape, np.float32)
+        for name, place in param.tensors().items():
+            array[place] = param.from_tensor(tensors[name])
+        return jnp.asarray(array)
+
+    return map_spec(fill, spec)
