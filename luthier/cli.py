@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from luthier import __version__
-from luthier.errors import UserError, did_you_mean
+from luthier.errors import RunError, UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ environment variables such as LUTHIER_STEPS=100, and by key=value on the command
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command line and return its exit code: 0 done, 2 a mistake that the user can mend, 130 interrupted.
+    """Run a command line and return its exit code: 0 done, 1 a failed run, 2 a mistake to mend, 130 interrupted.
 
-    Anything else that goes wrong is left to raise.
+    A fault of our own is left to raise, and a run that a signal stops raises SystemExit with its code.
     """
     name, *rest = arguments or [""]
     try:
@@ -80,9 +80,9 @@ def main(arguments: Sequence[str]) -> int:
             print(help_text(name), end="")
         else:
             _run(name, rest)
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"luthier {name if name in COMMANDS else ''}".rstrip() + f": {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("luthier: interrupted", file=sys.stderr)
         return 130

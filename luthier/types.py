@@ -44,8 +44,8 @@ class Batch:
     """Token arrays of one (micro-)batch, each ``[B, T]``.
 
     ``segments_BT`` is 0 on padding and 1, 2, ... for the conversations packed into a row; ``positions_BT`` restart
-    at 0 with each segment. ``mask_BT`` is 1 where the token at that very position is a trained target; it is 0 on a
-    segment's first token, which nothing precedes.
+    at 0 with each segment; both are int32. ``mask_BT`` is true where the token at that very position is a trained
+    target; it is false on a segment's first token, which nothing precedes.
     """
 
     tokens_BT: Array

@@ -83,13 +83,13 @@ def main() -> int:
         print(f"Removing {RUN}, the run of an earlier demo.")
         shutil.rmtree(RUN)
     model = model_file()
-    command = [f"{Path(sys.executable).parent}/luthier", "sft", str(RECIPE), f"load_parameters_path={model}"]
-    command[0], command[2] = (_shown(part) for part in (command[0], command[2]))
+    luthier = _here(Path(sys.executable).with_name("luthier"))
+    command = [luthier, "sft", _here(RECIPE), f"load_parameters_path={model}"]
     print("$", *command, flush=True)
     status = subprocess.run(command).returncode
     if status == 0:
-        print(f"\nThe model lies in {RUN}/model. On your own data, a file of rows with a `messages` column:")
-        print(f"  {command[0]} sft {command[2]} load_parameters_path={RUN}/model hf_path=FILE.jsonl run_name=mine")
+        print(f"\nThe model lies in {RUN}/model. To train on your own rows, one `messages` list a line in a file:")
+        print(f"  {luthier} sft load_parameters_path={model} hf_path=FILE.jsonl eval_fraction=0.05 run_name=mine")
     return status
 
 
@@ -102,9 +102,9 @@ def _reasoning_gym() -> types.ModuleType:
     return reasoning_gym
 
 
-def _shown(path: str) -> str:
+def _here(path: Path) -> str:
     """Return ``path`` relative to the working folder where it lies inside."""
-    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 if __name__ == "__main__":

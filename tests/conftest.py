@@ -35,13 +35,13 @@ def make_batch(rows: int = 4, length: int = 32, vocab: int = 256, seed: int = 0)
     random = np.random.default_rng(seed)
     tokens_BT = random.integers(0, vocab, (rows, length), dtype=np.int32)
     segments_BT, positions_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT)
-    mask_BT = (random.random((rows, length)) < 0.7).astype(np.int32)
+    mask_BT = random.random((rows, length)) < 0.7
     for row in range(rows):
         first, end = random.integers(3, length // 2), random.integers(length // 2 + 3, length + 1)
         for number, (start, stop) in enumerate(((0, first), (first, end)), start=1):
             segments_BT[row, start:stop] = number
             positions_BT[row, start:stop] = np.arange(stop - start)
-            mask_BT[row, start] = 0
+            mask_BT[row, start] = False
         tokens_BT[row, end:] = 0
-        mask_BT[row, end:] = 0
+        mask_BT[row, end:] = False
     return Batch(tokens_BT, positions_BT, segments_BT, mask_BT)

@@ -12,7 +12,7 @@ import pytest
 from luthier import __version__, cli
 from luthier.commands import keys
 from luthier.config import SftConfig
-from luthier.errors import UserError
+from luthier.errors import RunError, UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
 HEAVY = ("jax", "numpy", "transformers", "datasets", "grain", "optax", "orbax", "torch", "rich")
@@ -80,24 +80,31 @@ def test_a_command_gets_its_resolved_configuration(training):
     assert config.steps == 3
 
 
-def test_a_mistake_found_while_running_exits_2(training, capsys):
-    module, _ = training
-    module.run = lambda config: (_ for _ in ()).throw(UserError("row 3: no messages"))
-    assert cli.main(["sft", "model_name=m", "hf_path=d"]) == 2
-    assert capsys.readouterr().err == "luthier sft: row 3: no messages\n"
+def fails(training, error: BaseException) -> None:
+    def run(config):
+        raise error
+
+    training[0].run = run
 
 
-def test_ctrl_c_exits_130(training, capsys):
-    module, _ = training
-    module.run = lambda config: (_ for _ in ()).throw(KeyboardInterrupt)
-    assert cli.main(["sft", "model_name=m", "hf_path=d"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (UserError("row 3: no messages"), 2, "luthier sft: row 3: no messages\n"),
+        (RunError("step 3: loss nan"), 1, "luthier sft: step 3: loss nan\n"),
+        (KeyboardInterrupt(), 130, "luthier: interrupted\n"),
+    ],
+)
+def test_what_ends_a_run_has_its_exit_code(training, capsys, error, code, shown):
+    fails(training, error)
+    assert cli.main(["sft", "model_name=m", "hf_path=d"]) == code
+    assert capsys.readouterr().err == shown
 
 
-def test_a_fault_of_ours_keeps_its_traceback(training):
-    module, _ = training
-    module.run = lambda config: (_ for _ in ()).throw(ZeroDivisionError)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(143)])
+def test_a_fault_of_ours_and_an_exit_are_let_through(training, error):
+    fails(training, error)
+    with pytest.raises(type(error)):
         cli.main(["sft", "model_name=m", "hf_path=d"])
 
 

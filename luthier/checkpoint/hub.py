@@ -13,17 +13,22 @@ from luthier.errors import UserError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 WEIGHT_FILES = ["*.safetensors"]
+_IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights
 
 
-def fetch(model: str, patterns: list[str], token: str | None) -> Path:
+def fetch(model: str, patterns: list[str], token: str | None, revision: str = "main") -> Path:
     """Return the local snapshot of the hub's ``model`` with the files of its root that match ``patterns``.
+
+    The folder is named after the commit that it holds, which ``revision`` can name again.
 
     Raises UserError where the hub cannot be reached, does not know the model, or refuses it.
     """
     from huggingface_hub import snapshot_download
 
     with refusals(model):
-        folder = snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"], token=token)
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED, token=token
+        )
     return Path(folder)
 
 

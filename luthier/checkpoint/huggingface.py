@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ from luthier.model.param import Param, Tree
 SHARD_LIMIT = 5 * 10**9
 _FLOATS = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "float16", "bfloat16")}
 _LISTED = 20
+
+Shards = Mapping[str, Mapping[str, Stored]]
 
 
 def check(source: Source, spec: Tree) -> None:
@@ -94,8 +97,15 @@ def save(
     gap is between two renames: a machine that dies just there leaves the old model as ``.NAME.old``.
     """
     shards = files.shard(_outgoing(params, spec, source, dtype), shard_limit)
+    documents: dict[str, Any] = {
+        "config.json": _saved_config(source, shards),
+        "generation_config.json": _generation_config(source),
+        "README.md": card,
+    }
+    if len(shards) > 1:
+        documents[files.INDEX] = files.index(shards)
     if jax.process_index() == 0:
-        _write(folder, shards, source, tokenizer, dtype, chat_template, card)
+        _write(folder, shards, documents, partial(tokenizer_files.save, tokenizer, chat_template=chat_template))
     else:
         for tensor in (tensor for group in shards.values() for tensor in group.values()):
             tensor.read()
@@ -153,38 +163,27 @@ def _loaded_type(source: Source, name: str, array: jax.Array) -> np.dtype:
 
 
 def _gather(param: Param, array: jax.Array, index: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    mesh = array.sharding.mesh
-    piece = _take(array, index, NamedSharding(mesh, PartitionSpec()))
+    everywhere = NamedSharding(cast(NamedSharding, array.sharding).mesh, PartitionSpec())
+    piece = _take(array, index, everywhere)
     return param.to_tensor(np.asarray(piece.addressable_data(0))).astype(dtype, order="C", copy=False)
 
 
-def _write(
-    folder: Path,
-    shards: dict[str, dict[str, Stored]],
-    source: Source,
-    tokenizer: Any,
-    dtype: str,
-    chat_template: str,
-    card: str,
-) -> None:
-    partial_folder = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
+def _write(folder: Path, shards: Shards, documents: dict[str, Any], write_tokenizer: Callable[[Path], None]) -> None:
+    new = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     try:
         for name, group in shards.items():
-            files.write_safetensors(partial_folder / name, group)
-        if len(shards) > 1:
-            _write_json(partial_folder / files.INDEX, files.index(shards))
-        _write_json(partial_folder / "config.json", _saved_config(source, dtype))
-        _write_json(partial_folder / "generation_config.json", _generation_config(source))
-        (partial_folder / "README.md").write_text(card)
-        tokenizer_files.save(tokenizer, partial_folder, chat_template)
-        for path in partial_folder.iterdir():
+            files.write_safetensors(new / name, group)
+        for name, content in documents.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (new / name).write_text(text)
+        write_tokenizer(new)
+        for path in [*new.iterdir(), new]:
             _sync(path)
-        _sync(partial_folder)
-        _replace(partial_folder, folder)
+        _replace(new, folder)
     finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _replace(new: Path, folder: Path) -> None:
@@ -197,17 +196,16 @@ def _replace(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _saved_config(source: Source, dtype: str) -> dict[str, Any]:
+def _saved_config(source: Source, shards: Shards) -> dict[str, Any]:
     """Return the original config with the type of what was written; Transformers 4 called that field torch_dtype."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     config = dict(source.config)
-    config.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]])
-    if dtype == "auto":
-        kinds = {str(tensor.dtype) for name, tensor in source.tensors.items() if not _harmless(name)}
-        dtype = kinds.pop() if len(kinds) == 1 else ""
-    if dtype:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if not config.get("architectures"):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
+    kinds = {str(tensor.dtype) for group in shards.values() for tensor in group.values()}
+    if len(kinds) == 1:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = kinds.pop()
     return config
 
 
@@ -226,10 +224,6 @@ def _harmless(name: str) -> bool:
 
 def _shape(shape: Any) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _sync(path: Path) -> None:

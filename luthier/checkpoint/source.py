@@ -64,7 +64,8 @@ class Source:
         if self.kind == "gguf":
             return gguf.read_tensors(self.path)
         if self.hub_id:
-            hub.fetch(self.hub_id, [*hub.SMALL_FILES, *hub.WEIGHT_FILES], self.token)
+            patterns = [*hub.SMALL_FILES, *hub.WEIGHT_FILES]
+            return tensors.read_folder(hub.fetch(self.hub_id, patterns, self.token, revision=self.path.name))
         return tensors.read_folder(self.path)
 
 

@@ -66,9 +66,11 @@ class Checkpoints:
         """Return the state and this process's data of ``step``, by default the newest.
 
         ``abstract`` gives each array's shape, type and sharding, which may be another mesh's than the one that saved.
-        Raises UserError where the checkpoint holds other arrays, or was saved by another number of processes.
+        Raises UserError where there is no checkpoint, it holds other arrays, or another number of processes saved it.
         """
         step = self.latest() if step is None else step
+        if step is None:
+            raise UserError(f"{self._folder}: no checkpoint to resume from.")
         place = self._folder / str(step)
         items = {"state": self._args.StandardRestore(abstract), "data": self._args.JsonRestore()}
         self._check(step, abstract, place)
@@ -86,7 +88,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
-    def _check(self, step: int | None, abstract: Tree, place: Path) -> None:
+    def _check(self, step: int, abstract: Tree, place: Path) -> None:
         """Compare names, shapes and types with the checkpoint's metadata, since Orbax would cast or crop silently."""
         found = _shapes(self._manager.item_metadata(step)["state"].tree)
         wanted = _shapes(abstract)

@@ -6,6 +6,7 @@ Transformers is imported when a tokenizer is asked for, and never torch. Left ou
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = "chat_template.jinja"
+CONFIG = "tokenizer_config.json"
 
 
 def load(source: Source, tokenizer_path: str = "", token: str | None = None) -> PreTrainedTokenizerFast:
     """Return the tokenizer at ``tokenizer_path`` (folder, hub id or ``.gguf``), by default the model's own.
 
-    Raises UserError where there is none, or it cannot be read.
+    A tokenizer.json is taken as it stands, by the class that adds nothing to it: the class that a config names may
+    rebuild the cutting rules from its own defaults. Raises UserError where there is none, or it cannot be read.
     """
     path = _path(source, tokenizer_path, token)
     if path.suffix == ".gguf":
@@ -37,7 +40,7 @@ def load(source: Source, tokenizer_path: str = "", token: str | None = None) -> 
     else:
         raise UserError(f"{path}: no tokenizer there. Set tokenizer_path to a folder or hub id that has one.")
     try:
-        tokenizer = Reader.from_pretrained(path)
+        return Reader.from_pretrained(path)
     except (ValueError, ImportError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -49,6 +52,9 @@ def load(source: Source, tokenizer_path: str = "", token: str | None = None) -> 
 def save(tokenizer: PreTrainedTokenizerFast, folder: Path, chat_template: str = "") -> None:
     """Write the tokenizer's files; ``chat_template``, where given, in place of its own."""
     tokenizer.save_pretrained(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    config.pop("is_local", None)  # where it was read from is nobody else's matter
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if chat_template:
         (folder / CHAT_TEMPLATE).write_text(chat_template)
 

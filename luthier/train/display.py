@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 PLAIN_INTERVAL = 10.0  # seconds between plain lines, so that a log file stays readable
 
@@ -20,14 +20,11 @@ def console() -> Console:
 
 
 def table(console: Console, title: str, rows: Mapping[str, str]) -> None:
-    """Print a titled table of two columns."""
-    grid = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in rows.items():
-        grid.add_row(name, value)
+    """Print a title and aligned lines of name and value."""
+    width = max(map(len, rows))
     console.print(f"[bold]{title}[/bold]")
-    console.print(grid)
+    for name, value in rows.items():
+        console.print(f"[dim]{name:<{width}}[/dim]  {escape(value)}")
 
 
 def quantity(number: float) -> str:
