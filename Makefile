@@ -33,7 +33,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.slow
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.test
@@ -79,4 +79,8 @@ $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need$(if $(TORCH), ($(TORCH) among it; several minutes the first time))"
 	@$(if $(TORCH),$(PIP) $(TORCH))
 	@$(PIP) --editable '.[$(if $(TORCH),test,check)]'
+	@touch $@
+
+$(VENV)/.slow: $(VENV)/.test
+	@$(if $(TORCH),echo "Installing TRL, which the slow tests compare with" && $(PIP) --editable '.[trl]')
 	@touch $@

@@ -1,7 +1,9 @@
 """Devices become a mesh; logical axes become mesh axes, in one table.
 
-Arrays name their dimensions by what they are ("embed", "heads"); only this file knows which of the mesh's axes, if any,
-a dimension is split over. Left out on purpose: per-model sharding rules. A model that needs one gets a new logical axis.
+Arrays name their dimensions by what they are ("embed", "heads"); only this file knows which of the mesh's axes, if
+any, a dimension is split over.
+
+Left out on purpose: per-model sharding rules. A model that needs one gets a new logical axis.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from luthier.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Logical axis -> mesh axes. A dimension marked "or whole" in WHOLE is kept whole where its axis does not divide it.
+# Logical axis -> mesh axes. A dimension in WHOLE is kept whole where the mesh axis does not divide it.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "time": (),

@@ -53,7 +53,7 @@ def torch_twin(config: dict[str, Any], seed: int = 0) -> Any:
         attn_implementation="eager",
     )
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim == 1:
                 weight += 0.1 * torch.randn_like(weight)
     return model.float().eval()

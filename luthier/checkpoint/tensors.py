@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -104,8 +104,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            values = np.ascontiguousarray(tensor.read(), tensor.dtype)
-            file.write(values.reshape(-1).view(np.uint8).data)
+            _write_values(file, tensor)
         file.flush()
         os.fsync(file.fileno())
 
@@ -145,6 +144,12 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stor
         return values.view(dtype).reshape(shape)
 
     return Stored(shape, dtype, read)
+
+
+def _write_values(file: BinaryIO, tensor: Stored) -> None:
+    """A function of its own, so that one tensor is let go before the next is read."""
+    values = np.ascontiguousarray(tensor.read(), tensor.dtype)
+    file.write(values.reshape(-1).view(np.uint8).data)
 
 
 def _no_weights(folder: Path) -> str:

@@ -168,10 +168,12 @@ def _chunks(job: Job, workers: int) -> Iterator[Chunk]:
         yield from (tokenise_range(job, *bounds) for bounds in ranges)
         return
     import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
 
-    # A forked child could hang on locks of jax's threads.
-    with multiprocessing.get_context("spawn").Pool(workers, _start, (job,)) as pool:
-        yield from pool.imap(_work, ranges)
+    # Spawned, since a forked child could hang on locks of jax's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (job,)) as pool:
+        yield from pool.map(_work, ranges)
 
 
 _job: Job

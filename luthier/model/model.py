@@ -45,9 +45,7 @@ class Model:
 
     def hidden(self, params: Tree, batch: Batch, compute: Compute) -> jax.Array:
         """Return the final hidden states ``[B, T, D]``."""
-        return self.family.forward(
-            params, self.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute
-        )
+        return self.family.forward(params, self.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute)
 
     def logits(self, params: Tree, batch: Batch, compute: Compute) -> jax.Array:
         """Return whole fp32 logits ``[B, T, V]``: for tests and single positions, never for training."""
@@ -55,9 +53,7 @@ class Model:
         head_VD = self.family.head(params).astype(hidden_BTD.dtype)
         return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
 
-    def score(
-        self, params: Tree, batch: Batch, compute: Compute, cotangent_BT: jax.Array | None = None
-    ) -> TokenScores:
+    def score(self, params: Tree, batch: Batch, compute: Compute, cotangent_BT: jax.Array | None = None) -> TokenScores:
         """Return log-prob and correctness of the token *at* each position given those before it; 0 at the first.
 
         ``cotangent_BT`` is the gradient of the loss with respect to these log-probs where it is known beforehand.
@@ -68,4 +64,4 @@ class Model:
             cotangent_BT = jnp.roll(cotangent_BT.at[:, 0].set(0.0), -1, axis=1)
         with jax.named_scope("cross_entropy"):
             ahead = token_logp(hidden_BTD, self.family.head(params), targets_BT, cotangent_BT)
-        return TokenScores(*(jnp.roll(score_BT, 1, axis=1).at[:, 0].set(jnp.zeros((), score_BT.dtype)) for score_BT in ahead))
+        return TokenScores(*(jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))) for score_BT in ahead))

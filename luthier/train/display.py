@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -25,6 +24,11 @@ def table(console: Console, title: str, rows: Mapping[str, str]) -> None:
     console.print(f"[bold]{title}[/bold]")
     for name, value in rows.items():
         console.print(f"[dim]{name:<{width}}[/dim]  {escape(value)}")
+
+
+def warn(console: Console, message: str) -> None:
+    """Print a warning that stands out."""
+    console.print(f"[bold yellow]Warning:[/bold yellow] {escape(message)}")
 
 
 def quantity(number: float) -> str:
@@ -82,7 +86,7 @@ class Steps:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

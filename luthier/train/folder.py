@@ -10,12 +10,13 @@ import yaml
 from luthier import config as config_lib
 from luthier.errors import UserError
 
-# Keys that may change between a run and its continuation: they alter how far it goes or what is kept, not what a step does.
-CONTINUABLE = frozenset(
-    "steps num_epoch log_period profiler profiler_steps skip_first_n_steps_for_profiler eval_interval eval_steps "
-    "checkpoint_period max_num_checkpoints_to_keep async_checkpointing save_dtype grain_worker_count jax_cache_dir "
-    "hf_access_token".split()
-)
+# Keys that may change between a run and its continuation: how far it goes and what is kept, not what a step does.
+CONTINUABLE = {
+    *("steps", "num_epoch", "eval_interval", "eval_steps", "log_period"),
+    *("profiler", "profiler_steps", "skip_first_n_steps_for_profiler"),
+    *("checkpoint_period", "max_num_checkpoints_to_keep", "async_checkpointing", "save_dtype"),
+    *("grain_worker_count", "jax_cache_dir", "hf_access_token"),
+}
 
 
 def path(config: Any) -> Path:
@@ -56,5 +57,6 @@ def open_(config: Any) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         config_lib.save(config, folder / "config.yml")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}). Choose another base_output_directory.") from None
+        reason = f"cannot be written ({error.strerror})"
+        raise UserError(f"{folder}: {reason}. Choose another base_output_directory.") from None
     return folder

@@ -73,7 +73,8 @@ class Log:
         numbers = {f"eval/{name}": value for name, value in values.items()}
         self._writer.write(step, numbers)
         self._shown.say(
-            f"held-out rows at step {step}: loss {values['loss']:.4f}, token accuracy {values['mean_token_accuracy']:.3f}"
+            f"held-out rows at step {step}: loss {values['loss']:.4f}, "
+            f"token accuracy {values['mean_token_accuracy']:.3f}"
         )
         self.restart_clock()
 

@@ -132,9 +132,7 @@ def _with_paths(tree: Tree) -> list[tuple[tuple[str, ...], Any]]:
 
 def _adafactor() -> Transformation:
     """Adafactor (arXiv 1804.04235) at a learning rate of one, scaled by the size of the weights as published."""
-    return optax.chain(
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-    )
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
 
 
 def _muon(keys: TrainKeys, spec: Tree, adam: Transformation, moments: Any) -> Transformation:

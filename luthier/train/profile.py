@@ -10,7 +10,7 @@ from luthier.config import RunKeys
 
 
 class Profile:
-    """Starts and stops a trace by the ``profiler*`` keys; ``before`` is called before each step, ``close`` at the end."""
+    """Starts and stops a trace by the ``profiler*`` keys: call ``before`` each step, and ``close`` at the end."""
 
     def __init__(self, config: RunKeys, folder: Path, first_step: int) -> None:
         self._start = first_step + config.skip_first_n_steps_for_profiler if config.profiler else -1

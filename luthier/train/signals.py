@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -29,7 +29,7 @@ class Stop:
         self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -90,9 +90,7 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation, spec: Tree
     return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())))
 
 
-def abstract_state(
-    optimizer: optax.GradientTransformation, spec: Tree, dtype: Any, mesh: Mesh
-) -> TrainState:
+def abstract_state(optimizer: optax.GradientTransformation, spec: Tree, dtype: Any, mesh: Mesh) -> TrainState:
     """Return the state's shapes, types and shardings, for compiling and for restoring into."""
     params = param.abstract(spec, dtype, mesh)
     placed = optimizer_lib.state_shardings(optimizer, params, spec, mesh)
@@ -122,9 +120,7 @@ def place(batch: Batch, mesh: Mesh, *, accumulate: int | None = None) -> Batch:
     return jax.tree.map(put, batch)
 
 
-def _gradient(
-    model: Model, algorithm: Algorithm, compute: Compute, params: Tree, micro: Batch
-) -> tuple[Tree, Totals]:
+def _gradient(model: Model, algorithm: Algorithm, compute: Compute, params: Tree, micro: Batch) -> tuple[Tree, Totals]:
     def loss_sum(params: Tree) -> tuple[jax.Array, Totals]:
         cotangent_BT = None
         if is_linear(algorithm):

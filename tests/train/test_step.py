@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TINY
 
 from conftest import make_batch
 from luthier import mesh as mesh_lib
@@ -15,6 +14,7 @@ from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.train import optimizer, step
 from luthier.types import Batch
+from tiny import TINY
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 MODEL = Model.from_hf(TINY, "tiny")
@@ -65,9 +65,7 @@ def test_remat_on_and_off(reference: tuple, batch: Batch, policy: str) -> None:
     assert_equal_steps(one_step(config(), batch, compute=Compute(remat=policy)), reference)
 
 
-@pytest.mark.parametrize(
-    ("data", "fsdp", "tensor"), [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)], ids=str
-)
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)], ids=str)
 def test_one_device_equals_eight(reference: tuple, batch: Batch, data: int, fsdp: int, tensor: int) -> None:
     keys = config(ici_data_parallelism=data, ici_fsdp_parallelism=fsdp, ici_tensor_parallelism=tensor)
     assert_equal_steps(one_step(keys, batch, devices=8), reference)
@@ -84,7 +82,8 @@ def test_packed_equals_padded() -> None:
         for segment in (1, 2):
             where = np.flatnonzero(packed.segments_BT[row] == segment)
             padded = np.zeros((4, packed.tokens_BT.shape[1]), np.int32)
-            for line, array in enumerate((packed.tokens_BT, packed.positions_BT, np.ones_like(packed.tokens_BT), packed.mask_BT)):
+            ones_BT = np.ones_like(packed.tokens_BT)
+            for line, array in enumerate((packed.tokens_BT, packed.positions_BT, ones_BT, packed.mask_BT)):
                 padded[line, : len(where)] = array[row, where]
             rows.append(padded)
     padded = Batch(*np.stack(rows, axis=1))
@@ -99,7 +98,8 @@ def test_the_gradient_is_that_of_the_mean_over_trained_tokens(reference: tuple, 
         logp_BT = jnp.take_along_axis(logp_BTV[:, :-1], batch.tokens_BT[:, 1:, None], axis=-1)[..., 0]
         return -(logp_BT * batch.mask_BT[:, 1:]).sum() / batch.mask_BT.sum()
 
-    params = param.initialise(MODEL.spec, jax.random.key(0), jnp.float32, mesh_lib.make(config(), jax.devices()[:1]), scale=0.1)
+    one_device = mesh_lib.make(config(), jax.devices()[:1])
+    params = param.initialise(MODEL.spec, jax.random.key(0), jnp.float32, one_device, scale=0.1)
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     assert reference[1]["loss"] == pytest.approx(float(value), rel=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), reference[0], jax.device_get(gradient))

@@ -31,6 +31,7 @@ def find(config: Mapping[str, Any], place: str) -> ModuleType:
     if model_type not in known:
         hint = did_you_mean(model_type, list(known))
         raise UserError(
-            f"{place}: model type `{model_type or 'missing'}` is not supported.{hint} Known: {', '.join(sorted(known))}."
+            f"{place}: model type `{model_type or 'missing'}` is not supported.{hint} "
+            f"Known: {', '.join(sorted(known))}."
         )
     return known[model_type]

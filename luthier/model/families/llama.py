@@ -142,7 +142,9 @@ def forward(
     return rms_norm(x_BTD, params["norm"], config.rms_norm_eps)
 
 
-def _attend(p: Tree, config: Config, x_BTD: jax.Array, rope: Any, segments_BT: jax.Array, compute: Compute) -> jax.Array:
+def _attend(
+    p: Tree, config: Config, x_BTD: jax.Array, rope: Any, segments_BT: jax.Array, compute: Compute
+) -> jax.Array:
     with jax.named_scope("attention"):
         h_BTD = rms_norm(x_BTD, p["attn_norm"], config.rms_norm_eps)
         q_BTNH = _biased(dense("BTD,DNH->BTNH", h_BTD, p["q"]), p.get("q_bias"))
@@ -163,5 +165,3 @@ def _mlp(p: Tree, config: Config, x_BTD: jax.Array) -> jax.Array:
 
 def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
     return x if bias is None else x + bias.astype(x.dtype)
-
-

@@ -1,0 +1,120 @@
+"""What a run is made of before there are rows and weights, and its steps, compiled from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from luthier import mesh as mesh_lib
+from luthier.checkpoint import huggingface
+from luthier.checkpoint.source import Source
+from luthier.checkpoint.state import Checkpoints
+from luthier.config import SftConfig
+from luthier.model import param
+from luthier.model.compute import Compute, fast_dtype
+from luthier.model.model import Model
+from luthier.train import memory, optimizer, step
+from luthier.types import Batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration whose keys were found good, and what follows from them."""
+
+    config: SftConfig
+    source: Source
+    model: Model
+    mesh: Mesh
+    compute: Compute
+    optimizer: optax.GradientTransformation
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a micro-batch over all devices."""
+        return self.config.per_device_batch_size * mesh_lib.batch_shards(self.mesh)
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a whole step."""
+        return self.batch_rows * self.config.gradient_accumulation_steps
+
+    @property
+    def weight_dtype(self) -> jnp.dtype:
+        """The type of the weights in memory."""
+        return jnp.dtype(self.config.weight_dtype)
+
+    @property
+    def abstract_state(self) -> step.TrainState:
+        """The train state's shapes, types and shardings."""
+        return step.abstract_state(self.optimizer, self.model.spec, self.weight_dtype, self.mesh)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out rows, and they are to be looked at."""
+        keys = self.config
+        return keys.eval_interval != 0 and bool(keys.hf_eval_path or keys.hf_eval_split or keys.eval_fraction)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled steps, or the promise of them."""
+
+    train: Future[Callable[..., Any]]
+    evaluate: Future[Callable[..., Any]] | None
+
+
+def prepare(config: SftConfig, source: Source, model: Model, mesh: Mesh) -> Job:
+    """Return the job, after checking that the checkpoint fits the model and that the batch fits the memory.
+
+    Raises UserError where either does not.
+    """
+    dtype = fast_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
+    compute = Compute(dtype, config.attention, config.remat_policy)
+    if source.kind != "random":
+        huggingface.check(source, model.spec)
+    memory.check(config, memory.estimate(config, model, mesh, compute), memory.available(mesh))
+    return Job(config, source, model, mesh, compute, optimizer.make(config, model.spec))
+
+
+def compile_steps(job: Job, algorithm: step.Algorithm, background: ThreadPoolExecutor) -> Programs:
+    """Start compiling the steps, the first one needed first, while the caller reads rows and weights."""
+    state, accumulate = job.abstract_state, job.config.gradient_accumulation_steps
+
+    def evaluation() -> Callable[..., Any]:
+        with mesh_lib.use(job.mesh):
+            program = step.make_eval_step(job.model, algorithm, job.compute)
+            return program.lower(state.params, _abstract_batch(job, job.batch_rows)).compile()
+
+    def training() -> Callable[..., Any]:
+        with mesh_lib.use(job.mesh):
+            program = step.make_train_step(job.model, algorithm, job.optimizer, job.compute)
+            rate = jax.ShapeDtypeStruct((), jnp.float32)
+            return program.lower(state, _abstract_batch(job, accumulate, job.batch_rows), rate).compile()
+
+    first = background.submit(evaluation) if job.evaluates else None
+    return Programs(background.submit(training), first)
+
+
+def load_state(job: Job, checkpoints: Checkpoints | None) -> tuple[step.TrainState, dict[str, Any] | None]:
+    """Return the train state and the data's: the last checkpoint's, or that of a start."""
+    if checkpoints is not None and checkpoints.latest() is not None:
+        return checkpoints.restore(job.abstract_state)
+    if job.source.kind == "random":
+        params = param.initialise(job.model.spec, jax.random.key(job.config.seed), job.weight_dtype, job.mesh)
+    else:
+        params = huggingface.load(job.source, job.model.spec, job.weight_dtype, job.mesh)
+    return step.init_state(params, job.optimizer, job.model.spec, job.mesh), None
+
+
+def _abstract_batch(job: Job, *rows: int) -> Batch:
+    shape = (*rows, job.config.max_target_length)
+    sharding = step.batch_sharding(job.mesh, accumulated=len(rows) > 1)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    return Batch(ids, ids, ids, jax.ShapeDtypeStruct(shape, jnp.bool, sharding=sharding))

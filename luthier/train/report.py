@@ -1,0 +1,104 @@
+"""The words around a run: the header before it, the model it saves, the summary after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from rich.console import Console
+
+from luthier.checkpoint import huggingface
+from luthier.checkpoint.card import model_card
+from luthier.data.preview import preview
+from luthier.data.source import TokenRows
+from luthier.model import param
+from luthier.train import display, memory, metrics
+from luthier.train.job import Job
+
+Evaluations = dict[int, dict[str, float]]
+
+
+def header(
+    console: Console, job: Job, rows: TokenRows, held_out: TokenRows | None, total: int, place: Path, tokenizer: Any
+) -> None:
+    """Print what is about to happen, and one example with its trained tokens marked."""
+    config = job.config
+    plan = memory.estimate(config, job.model, job.mesh, job.compute).total(config.per_device_batch_size)
+    free = memory.available(job.mesh)
+    lines = {
+        "model": f"{job.source.name} ({job.model.config.num_hidden_layers} layers)",
+        "parameters": f"{display.quantity(param.count(job.model.spec))}, all trained, {config.weight_dtype}; "
+        f"computed in {jnp.dtype(job.compute.dtype).name}",
+        "devices": _devices(job),
+        "data": rows.report.summary(),
+    }
+    if held_out is not None:
+        lines["held out"] = held_out.report.summary()
+    lines |= {
+        "step": f"{job.step_rows} rows x {config.max_target_length} = "
+        f"{job.step_rows * config.max_target_length:,} tokens",
+        "training": f"{total} steps of {config.opt_type}, learning rate {config.learning_rate:g} "
+        f"({config.lr_schedule_type})",
+        "memory": f"about {plan / memory.GIB:.1f} GiB a device expected"
+        + (f", {free / memory.GIB:.1f} GiB free" if free else ""),
+        "output": str(place),
+    }
+    display.table(console, "luthier sft", lines)
+    if not config.scan_layers:
+        console.print("scan_layers=false is accepted and changes nothing: layers are always stacked and scanned.")
+    for split in (rows, held_out):
+        for warning in split.report.warnings if split else ():
+            display.warn(console, warning)
+    console.print("\n[bold]First example[/bold], trained tokens between ⟦ and ⟧")
+    console.print(preview(tokenizer, rows.example(0)), end="\n\n")
+
+
+def export(job: Job, params: param.Tree, tokenizer: Any, place: Path) -> None:
+    """Save the trained model as Transformers reads it, with a model card of the keys that were set."""
+    config = job.config
+    keys = config.model_dump(exclude_defaults=True, exclude={"hf_access_token"})
+    huggingface.save(
+        place,
+        params,
+        job.model.spec,
+        job.source,
+        tokenizer,
+        dtype=config.save_dtype,
+        chat_template=config.chat_template,
+        card=model_card(job.source, "sft", config.hf_path, keys),
+    )
+
+
+def summary(console: Console, place: Path, evaluations: Evaluations) -> None:
+    """Print what came of it and where it lies."""
+    lines = {}
+    if len(evaluations) > 1:
+        before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
+        name = "mean_token_accuracy"
+        lines["held-out loss"] = f"{before['loss']:.4f} before, {after['loss']:.4f} after"
+        lines["held-out token accuracy"] = f"{before[name]:.1%} before, {after[name]:.1%} after"
+    lines["peak memory"] = f"{memory.peak_resident() / memory.GIB:.1f} GiB in this process"
+    lines["metrics"] = str(place / "metrics.jsonl")
+    lines["model"] = str(place / "model")
+    display.table(console, "Done", lines)
+
+
+def speeds(job: Job) -> dict[str, float | None]:
+    """Return what MFU is made of: the FLOPs of a token, and of all devices in a second where that is known."""
+    c = job.model.config
+    lookup = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # a look-up multiplies nothing
+    weights = param.count(job.model.spec) - lookup
+    length = job.config.max_target_length
+    peak = metrics.peak_flops(job.mesh.devices.flat[0].device_kind)
+    return {
+        "flops_per_token": metrics.flops_per_token(
+            weights, c.num_hidden_layers, c.num_attention_heads, c.head_dim, length
+        ),
+        "peak_flops": peak and peak * job.mesh.size,
+    }
+
+
+def _devices(job: Job) -> str:
+    axes = ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items() if size > 1)
+    return f"{job.mesh.size} x {job.mesh.devices.flat[0].device_kind}" + (f" ({axes})" if axes else "")

