@@ -45,3 +45,28 @@ def make_batch(rows: int = 4, length: int = 32, vocab: int = 256, seed: int = 0)
         tokens_BT[row, end:] = 0
         mask_BT[row, end:] = False
     return Batch(tokens_BT, positions_BT, segments_BT, mask_BT)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random tiny Llama and its tokenizer."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    tiny.write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of forty short conversations."""
+    import json
+
+    path = tmp_path_factory.mktemp("rows") / "train.jsonl"
+    random = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(40):
+            a, b = random.integers(0, 100, 2).tolist()
+            turns = [("user", f"What is {a} + {b}?"), ("assistant", f"{a} + {b} = {a + b}")]
+            file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    return path

@@ -75,3 +75,50 @@ def params_from_torch(spec: Any, model: Any) -> Any:
         return jnp.asarray(array)
 
     return map_spec(fill, spec)
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def tokenizer(chat_template: str | None = CHATML) -> Any:
+    """Return a byte-level tokenizer with ChatML's special tokens and no merges: 259 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate([*SPECIALS, *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=SPECIALS[0], eos_token=SPECIALS[2], pad_token=SPECIALS[0]
+    )
+    fast.add_special_tokens({"additional_special_tokens": list(SPECIALS[1:])})
+    fast.chat_template = chat_template
+    return fast
+
+
+def write_model(folder: Any, **changes: Any) -> None:
+    """Write a random tiny Llama with its tokenizer into ``folder``, as Hugging Face lays it out."""
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from luthier.model import param
+    from luthier.model.model import Model
+
+    config = TINY | {"vocab_size": 272, "bos_token_id": 0, "eos_token_id": 2} | changes
+    random = np.random.default_rng(0)
+    shapes = param.tensor_shapes(Model.from_hf(config, "tiny").spec)
+    tensors = {
+        name: random.normal(1.0 if len(shape) == 1 else 0.0, 0.05, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer().save_pretrained(folder)

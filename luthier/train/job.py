@@ -71,12 +71,13 @@ class Programs:
 
 
 def prepare(config: SftConfig, source: Source, model: Model, mesh: Mesh) -> Job:
-    """Return the job, after checking that the checkpoint fits the model and that the batch fits the memory.
+    """Return the job, after checking that the mesh and the checkpoint fit the model, and the batch the memory.
 
-    Raises UserError where either does not.
+    Raises UserError where one does not.
     """
     dtype = fast_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
     compute = Compute(dtype, config.attention, config.remat_policy)
+    param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
     if source.kind != "random":
         huggingface.check(source, model.spec)
     memory.check(config, memory.estimate(config, model, mesh, compute), memory.available(mesh))

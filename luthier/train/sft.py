@@ -1,7 +1,7 @@
 """Supervised fine-tuning, whole: from a checkpoint and a dataset to a trained checkpoint.
 
-``run`` reads top to bottom: what a user can get wrong is checked in the order of what it costs to check, the step is
-compiled while rows are tokenised and weights are read, then comes the loop.
+``run`` reads top to bottom: what a user can get wrong is checked in the order of what it costs to check, rows are
+tokenised, the step is compiled while weights are read, then comes the loop.
 
 Left out on purpose: sampling from the model while it trains.
 """
@@ -76,11 +76,13 @@ def run(config: SftConfig) -> None:
     with Stop() as stop, mesh_lib.use(mesh), ThreadPoolExecutor(1) as background:
         job = prepare(config, source, model, mesh)
         tokenizer = tokenizer_lib.load(source, config.tokenizer_path, config.hf_access_token)
-        programs = compile_steps(job, sft, background)
         rows, held_out = load_rows(config, tokenizer)
-        this = Run(job, rows, held_out, total_steps(job, len(rows)), programs, place, console, stop)
+        total = total_steps(job, len(rows))
         folder.open_(config)
-        report.header(console, job, rows, held_out, this.total, place, tokenizer)
+        report.header(console, job, rows, held_out, total, place, tokenizer)
+        # Not sooner: compiling cannot be broken off, and nothing that a user mends should wait for it.
+        programs = compile_steps(job, sft, background)
+        this = Run(job, rows, held_out, total, programs, place, console, stop)
         with _checkpoints(config, place) as checkpoints, _out_of_memory(config):
             state, data_state = load_state(job, checkpoints)
             state, evaluations = train(this, checkpoints, state, data_state)

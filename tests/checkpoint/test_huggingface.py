@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from folders import DTYPES, keys, one_device, random_tensors, spec_of, tiny_tokenizer, write_folder
-from tiny import CONFIGS, TINY, torch_twin
 
 from luthier import mesh as mesh_lib
 from luthier.checkpoint import huggingface, tensors
@@ -15,6 +14,7 @@ from luthier.checkpoint.card import model_card
 from luthier.checkpoint.source import resolve
 from luthier.errors import UserError
 from luthier.model import param
+from tiny import CONFIGS, TINY, torch_twin
 
 
 def round_trip(tmp_path, config, values, mesh, dtype="auto", **options):

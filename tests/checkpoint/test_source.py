@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from folders import keys, random_tensors, write_folder
 from huggingface_hub import constants, errors
-from tiny import TINY
 
 from luthier.checkpoint import hub
 from luthier.checkpoint.source import MAXTEXT_NAMES, resolve
 from luthier.errors import UserError
+from tiny import TINY
 
 
 def test_a_folder(tmp_path):

@@ -1,7 +1,7 @@
 """Loss curves against TRL's `SFTTrainer`: the same model, rows, order and hyper-parameters, in fp32.
 
 Both sides are run as users run them: `luthier sft` as a process here, TRL as one process for all curves, by the
-interpreter in LUTHIER_TRL_PYTHON (default: the tests' own).
+interpreter in TRL_PYTHON (default: the tests' own).
 
 Where the two differ by definition, settings are taken that mean the same to both, never a wider tolerance:
 
@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny import TINY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -38,12 +37,13 @@ from luthier.config import SftConfig, resolve
 from luthier.data import source
 from luthier.model import param
 from luthier.model.model import Model
+from tiny import TINY
 
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
 STEPS, ROWS, LENGTH = 20, 80, 96
-PYTHON = os.environ.get("LUTHIER_TRL_PYTHON", sys.executable)
+PYTHON = os.environ.get("TRL_PYTHON", sys.executable)
 CONFIG = TINY | {
     "vocab_size": 512,
     "hidden_size": 96,
@@ -163,7 +163,7 @@ def theirs(place: Path) -> dict[str, Any]:
     """{curve: its log and rows} of TRL, all from one process."""
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('trl') is None)"
     if subprocess.run([PYTHON, "-c", probe], check=False).returncode:
-        pytest.skip(f"{PYTHON} has no trl: install the extra `trl`, or name another in LUTHIER_TRL_PYTHON")
+        pytest.skip(f"{PYTHON} has no trl: install the extra `trl`, or name another in TRL_PYTHON")
     plan = {
         name: {
             "rows": str(place / f"{curve.rows}.jsonl"),
@@ -192,7 +192,7 @@ def arguments(place: Path, name: str) -> list[str]:
 
 def our_log(place: Path, name: str) -> list[dict[str, float]]:
     """Run `luthier sft` on one device and return its rows of metrics."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("XLA_FLAGS", "LUTHIER_"))}
     command = [sys.executable, "-m", "luthier", "sft", *arguments(place, name)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=540)
     assert done.returncode == 0, done.stderr[-4000:]

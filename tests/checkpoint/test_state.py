@@ -1,0 +1,145 @@
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from folders import keys, one_device
+
+from luthier import mesh as mesh_lib
+from luthier.checkpoint.state import Checkpoints
+from luthier.errors import UserError
+from luthier.model import param
+from luthier.model.families import llama
+from tiny import TINY
+
+OPTIMIZER = optax.adamw(1e-3)
+
+
+def make_state(mesh, seed=0):
+    spec = llama.spec(llama.Config.from_hf(TINY))
+    params = param.initialise(spec, jax.random.key(seed), jnp.float32, mesh)
+    moments = OPTIMIZER.init(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    moments = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype) if x.ndim else x, moments)
+    return {"params": params, "moments": moments, "step": jnp.int32(7)}
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def same_bits(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert left.dtype == right.dtype
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_every_bit_comes_back_with_the_datas_state(tmp_path, asynchronous):
+    state = make_state(one_device())
+    with Checkpoints(tmp_path / "c", asynchronous=asynchronous) as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(7, state, {"row": 12, "epochs": [1, 2]})
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.latest() == 7
+        restored, data = checkpoints.restore(abstract(state))
+    same_bits(restored, state)
+    assert data == {"row": 12, "epochs": [1, 2]}
+    assert (tmp_path / "c" / "7").is_dir()
+
+
+def test_what_is_saved_is_the_state_at_that_moment_though_its_memory_is_given_away(tmp_path):
+    state = {"w": jnp.arange(4_000_000, dtype=jnp.float32)}
+    saved = np.array(state["w"])
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, state, {})
+        shape = abstract(state)
+        for _ in range(5):
+            state = step(state)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(shape)[0]["w"], saved)
+
+
+@pytest.mark.parametrize("back", [True, False], ids=["eight-to-one", "one-to-eight"])
+def test_another_mesh_can_resume(tmp_path, back):
+    meshes = [one_device(), mesh_lib.make(keys(ici_fsdp_parallelism=4, ici_tensor_parallelism=2))]
+    first, second = reversed(meshes) if back else meshes
+    state = make_state(first)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(7, state, {})
+    other = make_state(second, seed=1)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        restored, _ = checkpoints.restore(abstract(other))
+    same_bits(restored, state)
+    assert restored["params"]["embed"].sharding == other["params"]["embed"].sharding
+
+
+def test_the_newest_are_kept_and_saving_a_step_twice_does_nothing(tmp_path):
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        for step in (1, 2, 3, 3):
+            checkpoints.save(step, {"x": jnp.float32(step)}, {"step": step})
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name.isdigit()) == ["2", "3"]
+        shape = {"x": jax.ShapeDtypeStruct((), jnp.float32, sharding=jnp.float32(0).sharding)}
+        assert checkpoints.restore(shape)[1] == {"step": 3}
+        assert checkpoints.restore(shape, 2)[1] == {"step": 2}
+        checkpoints.close()
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    state = make_state(one_device())
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.raises(UserError, match="no checkpoint to resume from"):
+            checkpoints.restore(abstract(state))
+        checkpoints.save(7, state, {})
+    wanted = abstract(state)
+    wanted["params"]["norm"] = jax.ShapeDtypeStruct((63,), jnp.float32)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.raises(UserError, match=r"`params/norm`: float32\[64\] saved, float32\[63\] wanted"):
+            checkpoints.restore(wanted)
+        del wanted["params"]["norm"], wanted["moments"]
+        with pytest.raises(UserError, match=r"arrays of the train state differ.*none wanted"):
+            checkpoints.restore(wanted)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from luthier.checkpoint.state import Checkpoints
+
+with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
+    checkpoints.save(1, {"w": jnp.full(8_000_000, 1.0)}, {"step": 1})
+    checkpoints.close()
+    print("saved", flush=True)
+    for step in range(2, 1000):
+        checkpoints.save(step, {"w": jnp.full(8_000_000, float(step))}, {"step": step})
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "c")], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "saved\n"
+    started = tmp_path / "c"
+    deadline = time.monotonic() + 60
+    while not any("tmp" in path.name for path in started.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    left = [path.name for path in started.iterdir()]
+    assert any("tmp" in name for name in left), f"the kill came between saves: {left}"
+    shape = {"w": jax.ShapeDtypeStruct((8_000_000,), jnp.float32, sharding=jnp.float32(0).sharding)}
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        state, data = checkpoints.restore(shape)
+        assert data == {"step": checkpoints.latest()}
+        np.testing.assert_array_equal(np.unique(state["w"]), [float(checkpoints.latest())])
+        checkpoints.save(5000, state, {})
+    assert [path.name for path in Path(tmp_path / "c").iterdir()] == ["5000"]

@@ -1,0 +1,186 @@
+"""The run as a user starts it: whole, stopped, killed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from conftest import ROOT
+
+pytestmark = pytest.mark.multiprocess
+
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+STEPS = 40
+
+
+def command(folder: Path, model: Path, rows: Path, *keys: str) -> list[str]:
+    """The command line of a run of 40 steps on the tiny model."""
+    return [
+        *(sys.executable, "-m", "luthier.train.sft", f"base_output_directory={folder}", "run_name=run"),
+        *(f"load_parameters_path={model}", f"hf_path={rows}", "max_target_length=64", "per_device_batch_size=2"),
+        *(f"steps={STEPS}", "checkpoint_period=5", "learning_rate=1e-3", f"jax_cache_dir={ROOT / '.cache' / 'jax'}"),
+        *keys,
+    ]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    path = folder / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def stop_after(folder: Path, steps: int, how: signal.Signals, *arguments: object) -> tuple[int, str]:
+    """Start a run, send it a signal once ``steps`` steps are reported, and return its exit code and output."""
+    with subprocess.Popen(
+        command(folder, *arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        deadline = time.monotonic() + 240
+        while len(metrics(folder)) < steps and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_rows: Path) -> Path:
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, tiny_model, tiny_rows, "eval_fraction=0.1")
+    assert done.returncode == 0, done.stderr
+    (folder / "output").write_text(done.stdout)
+    return folder
+
+
+def same_steps(one: Path, other: Path) -> None:
+    """Weights and numbers of two runs agree bit for bit."""
+    ours, theirs = (load_file(folder / "run" / "model" / "model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    values = [
+        {row["step"]: (row["loss"], row["grad_norm"]) for row in metrics(folder) if "loss" in row}
+        for folder in (one, other)
+    ]
+    assert values[0] == values[1]
+    assert sorted(values[0]) == list(range(1, STEPS + 1))
+
+
+def test_a_run_leaves_what_it_should_and_learns(whole: Path) -> None:
+    rows = [row for row in metrics(whole) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert {"loss", "grad_norm", "learning_rate", "num_tokens", "mean_token_accuracy", "tokens_per_second"} <= rows[
+        0
+    ].keys()
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    evaluations = [row for row in metrics(whole) if "eval/loss" in row]
+    assert [row["step"] for row in evaluations] == [0, STEPS]
+    assert evaluations[1]["eval/loss"] < evaluations[0]["eval/loss"]
+    here = whole / "run"
+    saved = {path.name for path in (here / "model").iterdir()}
+    assert saved >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"}
+    assert (here / "checkpoints" / str(STEPS)).is_dir()
+    assert list((here / "tensorboard").glob("events*"))
+    assert yaml.safe_load((here / "config.yml").read_text())["steps"] == STEPS
+
+
+def test_the_user_sees_what_is_trained_and_what_came_of_it(whole: Path) -> None:
+    output = (whole / "output").read_text()
+    counts = ("36 rows", "4 rows", f"{STEPS} steps of adamw", f"step {STEPS}/{STEPS}")
+    for words in ("parameters", "1 x cpu", "GiB", *counts):
+        assert words in output
+    assert "⟦" in output.split("First example")[1]
+    assert "<|im_end|>⟧" in output
+    assert "held-out loss" in output
+    assert str(whole / "run" / "model") in output
+
+
+def test_the_recipe_that_a_run_leaves_repeats_it(
+    whole: Path, tmp_path: Path, tiny_model: Path, tiny_rows: Path
+) -> None:
+    recipe = whole / "run" / "config.yml"
+    again = subprocess.run(
+        [sys.executable, "-m", "luthier", "sft", str(recipe), f"base_output_directory={tmp_path}"],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    same_steps(whole, tmp_path)
+
+
+def test_killed_and_resumed_equals_never_killed(whole: Path, tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
+    keys = (tiny_model, tiny_rows, "eval_fraction=0.1")
+    code, _ = stop_after(tmp_path, 14, signal.SIGKILL, *keys)
+    assert code == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model").exists()
+    done = run(tmp_path, *keys)
+    assert done.returncode == 0, done.stderr
+    assert "Going on after step" in done.stdout
+    same_steps(whole, tmp_path)
+
+
+def test_sigterm_saves_and_exits_143(whole: Path, tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
+    keys = (tiny_model, tiny_rows, "eval_fraction=0.1", "checkpoint_period=1000")
+    code, output = stop_after(tmp_path, 7, signal.SIGTERM, *keys)
+    assert code == 143, output
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(saved) == 1
+    assert 7 <= saved[0] < STEPS
+    assert f"Stopped by SIGTERM after step {saved[0]}" in output
+    done = run(tmp_path, *keys)
+    assert f"Going on after step {saved[0]}" in done.stdout
+    same_steps(whole, tmp_path)
+
+
+def test_the_same_command_on_a_finished_run_trains_nothing(whole: Path, tiny_model: Path, tiny_rows: Path) -> None:
+    before = metrics(whole)
+    again = run(whole, tiny_model, tiny_rows, "eval_fraction=0.1")
+    assert again.returncode == 0, again.stderr
+    assert f"Going on after step {STEPS} of {STEPS}" in again.stdout
+    assert metrics(whole) == before
+
+
+def test_a_different_run_in_the_same_folder_is_refused(whole: Path, tiny_model: Path, tiny_rows: Path) -> None:
+    other = run(whole, tiny_model, tiny_rows, "eval_fraction=0.1", "learning_rate=1e-4")
+    assert other.returncode == 2
+    assert "holds a different run: learning_rate (there 0.001, here 0.0001)" in other.stderr
+    assert "run_name" in other.stderr
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
+    tmp_path: Path, tiny_model: Path, tiny_rows: Path
+) -> None:
+    done = run(tmp_path, tiny_model, tiny_rows, "learning_rate=1e30", "warmup_steps_fraction=0", "opt_type=sgd",
+               "gradient_clipping_threshold=0", "checkpoint_period=1")  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    assert "loss nan" in done.stderr or "loss inf" in done.stderr
+    assert f"{tiny_rows}" in done.stderr
+    assert "line" in done.stderr
+    step = int(done.stderr.split("step ")[1].split(":")[0])
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved == [step - 1]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_trace_is_written(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
+    done = run(tmp_path, tiny_model, tiny_rows, "steps=4", "profiler=xplane", "skip_first_n_steps_for_profiler=1")
+    assert done.returncode == 0, done.stderr
+    traces = list((tmp_path / "run" / "profile").glob("plugins/profile/*/*.xplane.pb"))
+    assert len(traces) == 1
+    assert traces[0].stat().st_size > 1000
