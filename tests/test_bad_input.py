@@ -140,10 +140,10 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(sft: Sft, tmp_path
         os.link(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, "intermediate_size": 96}))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4} | {"intermediate_size": 96}))
     message = sft(load_parameters_path=folder)
     assert "missing: model.layers.3.mlp.up_proj.weight" in message
-    assert "model.layers.0.mlp.up_proj.weight is [128, 64], config.json asks for [96, 64]" in message
+    assert "misshapen: model.layers.0.mlp.up_proj.weight is 128x64, config.json asks for 96x64" in message
 
 
 def test_a_hub_that_cannot_be_reached(sft: Sft) -> None:

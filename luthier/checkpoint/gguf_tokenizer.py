@@ -45,13 +45,16 @@ def build(path: Path) -> PreTrainedTokenizerFast:
     """
     header = read_header(path)
     metadata = {key.removeprefix("tokenizer."): value for key, value in header.metadata.items() if "tokenizer." in key}
-    kind = metadata.get("ggml.model")
+    kind = metadata.get("ggml.model", "")
+    wanted = {"gpt2": ("ggml.tokens", "ggml.merges"), "llama": ("ggml.tokens", "ggml.scores")}.get(kind, ())
+    if missing := [f"tokenizer.{key}" for key in wanted if key not in metadata]:
+        raise UserError(f"{path}: its tokenizer is incomplete, without {', '.join(missing)}. {_remedy()}")
     if kind == "gpt2":
         tokenizer = _byte_level(path, metadata)
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata)
     else:
-        raise UserError(f"{path}: tokenizer of kind `{kind}` cannot be read. {_remedy()}")
+        raise UserError(f"{path}: tokenizer of kind `{kind or 'none'}` cannot be read. {_remedy()}")
     tokenizer.add_tokens(_added(metadata))
     named = {
         f"{name}_token": metadata["ggml.tokens"][number]

@@ -41,8 +41,8 @@ def load(source: Source, tokenizer_path: str = "", token: str | None = None) -> 
         raise UserError(f"{path}: no tokenizer there. Set tokenizer_path to a folder or hub id that has one.")
     try:
         return Reader.from_pretrained(path)
-    except (ValueError, ImportError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
         raise UserError(
             f"{path}: its tokenizer cannot be read ({reason}). Set tokenizer_path to a folder or hub id with a "
             "tokenizer.json."
@@ -53,7 +53,8 @@ def save(tokenizer: PreTrainedTokenizerFast, folder: Path, chat_template: str = 
     """Write the tokenizer's files; ``chat_template``, where given, in place of its own."""
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / CONFIG).read_text())
-    config.pop("is_local", None)  # where it was read from is nobody else's matter
+    for name in ("is_local", "local_files_only"):  # how it was read here is nobody else's matter
+        config.pop(name, None)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if chat_template:
         (folder / CHAT_TEMPLATE).write_text(chat_template)

@@ -11,7 +11,6 @@ Left out on purpose: guessing replies from the template's source or from role ma
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +20,11 @@ from luthier.types import Conversation
 
 Span = tuple[int, int]
 
-_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK = re.compile(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})")
+_MARK_END = re.compile(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})")
+OPENED, CLOSED = "\ufdd0", "\ufdd1"
+"""Code points that Unicode keeps out of texts."""
+_BRACKETS = f"{{% macro luthier_mark() %}}{OPENED}{{{{ caller() }}}}{CLOSED}{{% endmacro %}}\n"
 _EMPTY_BLOCKS = re.compile(r"(?:\s|<[^<>]*>)*")
 _REMEDY = (
     "Give a template that marks replies with {% generation %}...{% endgeneration %} (chat_template_path=...), or set "
@@ -47,7 +50,12 @@ def render(
         )
     except Exception as error:
         # A template is a program from elsewhere: whatever it raises is the answer it gives for this conversation.
-        raise _refused(error, messages) from error
+        roles = ", ".join(message["role"] for message in messages)
+        raise TemplateRefused(
+            "",
+            f"the chat template fails on this conversation (roles: {roles}): {error}. Change the row, rewrite it with "
+            "formatting_func_path=..., or give another template with chat_template_path=....",
+        ) from error
 
 
 def trained_spans(tokenizer: Any, template: str, conversation: Conversation, text: str) -> tuple[Span, ...]:
@@ -73,27 +81,30 @@ def trained_spans(tokenizer: Any, template: str, conversation: Conversation, tex
 
 
 def _marked(tokenizer: Any, template: str, conversation: Conversation, text: str) -> tuple[Span, ...]:
-    from transformers.utils.chat_template_utils import render_jinja_template
+    """Return the marked spans, by rendering once more with each mark turned into a macro that brackets what it holds.
 
-    messages = list(conversation.messages)
-    try:
-        texts, marks = render_jinja_template(
-            [messages],
-            tools=None if conversation.tools is None else list(conversation.tools),
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=False,
-            **tokenizer.special_tokens_map,
-        )
-    except Exception as error:
-        raise _refused(error, messages) from error
-    marked, spans = texts[0], [(int(start), int(end)) for start, end in marks[0]]
-    ordered = all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
-    if marked != text or not ordered or (spans and spans[-1][1] > len(text)):
+    Transformers counts the characters before a mark while it renders, which is wrong inside macros and captured blocks.
+    """
+    if OPENED in text or CLOSED in text:
+        raise RowError("", f"the text holds {OPENED!r} or {CLOSED!r}, which are no characters. Remove them.")
+    source = _BRACKETS + _MARK_END.sub(r"\1endcall\2", _MARK.sub(r"\1call luthier_mark()\2", template))
+    bracketed = render(tokenizer, source, conversation.messages, conversation.tools)
+    spans, start, length, depth = [], 0, 0, 0
+    for piece in re.split(f"([{OPENED}{CLOSED}])", bracketed):
+        if piece == OPENED:
+            start = start if depth else length
+            depth += 1
+        elif piece == CLOSED:
+            depth -= 1
+            if not depth:
+                spans.append((start, length))
+        else:
+            length += len(piece)
+    if bracketed.replace(OPENED, "").replace(CLOSED, "") != text:
         raise RowError(
             "",
-            "the chat template's {% generation %} marks do not fit the text it renders, as happens inside macros and "
-            "captured blocks. Move them to the top level of the template, or set sft_train_on_completion_only=false.",
+            "the chat template cuts or measures the text inside its {% generation %} marks, so they cannot be followed. "
+            "Move the marks to where the text is printed, or set sft_train_on_completion_only=false.",
         )
     return tuple(spans)
 
@@ -146,12 +157,3 @@ def _without_newline(text: str, start: int, end: int, specials: tuple[str, ...])
     """Leave out the white space after a reply's end token: generation has stopped there."""
     stripped = text[start:end].rstrip()
     return start + len(stripped) if specials and stripped.endswith(specials) else end
-
-
-def _refused(error: Exception, messages: Sequence[dict[str, Any]]) -> TemplateRefused:
-    roles = ", ".join(message["role"] for message in messages)
-    return TemplateRefused(
-        "",
-        f"the chat template fails on this conversation (roles: {roles}): {error}. Change the row, rewrite it with "
-        "formatting_func_path=..., or give another template with chat_template_path=....",
-    )

@@ -1,6 +1,6 @@
 """Causal attention within segments: one function, the platform's best kernel.
 
-``blockwise`` is plain XLA and runs anywhere; ``cudnn`` (NVIDIA) and ``splash`` (TPU) are those platforms' fused kernels.
+``blockwise`` is plain XLA and runs anywhere; ``cudnn`` and ``splash`` are the fused kernels of NVIDIA GPUs and TPUs.
 Left out on purpose: attention that is not causal, biases, and caches for decoding.
 """
 
@@ -55,8 +55,8 @@ def _kernel(implementation: str, q_BTNH: jax.Array) -> Kernel:
         implementation = best.get(platform, "blockwise")
     if implementation == "cudnn" and (platform != "gpu" or not cudnn_fits):
         raise UserError(
-            f"attention=cudnn: needs an NVIDIA GPU, bfloat16 and a head size up to 128 that is a multiple of 8; here are "
-            f"a {platform}, {q_BTNH.dtype} and {head_dim}. Use attention=auto."
+            f"attention=cudnn: needs an NVIDIA GPU, bfloat16 and a head size of at most 128, a multiple of 8; "
+            f"here are a {platform}, {q_BTNH.dtype} and {head_dim}. Use attention=auto."
         )
     if implementation == "splash" and platform != "tpu":
         raise UserError(f"attention=splash: needs a TPU, this is a {platform}. Use attention=auto.")
@@ -72,7 +72,7 @@ def cudnn(
     scale: float,
     window: int | None,
 ) -> jax.Array:
-    """Return attention by cuDNN's fused kernel; the mask of packed rows is ``[B, 1, T, T]``, the scores are never whole."""
+    """Return attention by cuDNN's fused kernel; packed rows take a mask ``[B, 1, T, T]``, scores are never whole."""
     length = q_BTNH.shape[1]
     if length % 2 and segments_BT is not None:  # cuDNN takes masks of even size alone
         pad = ((0, 0), (0, 1))

@@ -13,6 +13,7 @@ unrolled and the blocks of a span looped over, so that a program's size does not
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class _Plan:
         blocks = self.length // self.block
         count = min(blocks, MAX_SPANS)
         edges = [blocks * i // count * self.block for i in range(count + 1)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(itertools.pairwise(edges))
 
     def first_key(self, first_query: int) -> int:
         """Return the first token, on a block's edge, that queries from ``first_query`` on may see."""
@@ -81,7 +82,7 @@ class _Plan:
         return min(self.length, -(-(end_key + reach - 1) // self.block) * self.block)
 
     def allowed(self, segments_BT: Any, query: Any, queries: int, key: Any, keys: int) -> jax.Array:
-        """Return which of ``queries`` tokens from ``query`` on, G rows each, see which keys: ``[B or 1, 1, rows, keys]``."""
+        """Return which keys each of ``queries`` tokens from ``query`` on, G rows each, sees: ``[B or 1, 1, rows, keys]``."""
         distance = (query + jnp.arange(queries * self.group) // self.group)[:, None] - (key + jnp.arange(keys))
         allowed = distance >= 0
         if self.window is not None:

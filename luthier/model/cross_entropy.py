@@ -27,7 +27,7 @@ LOGITS_LIMIT = {"cpu": 100 * 2**20, "gpu": 2**30, "tpu": 2**30}  # bytes of fp32
 
 
 class TokenScores(NamedTuple):
-    """``logp_BT`` fp32, the log-probability of each target; ``correct_BT`` bool, true where it is the likeliest token."""
+    """``logp_BT`` fp32, the log-probability of each target; ``correct_BT`` bool, whether no token is likelier."""
 
     logp_BT: jax.Array
     correct_BT: jax.Array
@@ -216,7 +216,7 @@ def _sum_over(names: tuple[str, ...], x: jax.Array) -> jax.Array:
 
 
 def _over_chunks(step: Any, carry: Any, vocab: int, *arrays: jax.Array) -> tuple[Any, Any]:
-    """Scan ``step(carry, chunks of arrays)`` along time; arrays ``[B, T, ...]`` reach it as ``[M, ...]``, M = B * time."""
+    """Scan ``step(carry, chunks of arrays)`` along time; ``[B, T, ...]`` reaches it as ``[M, ...]``, M = B * time."""
     B, T = arrays[0].shape[:2]
     count = _chunk_count(B, T, vocab)
     size = -(-T // count)

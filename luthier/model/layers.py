@@ -128,6 +128,7 @@ def _quarter_turn(x_BTNH: jax.Array) -> jax.Array:
     half = x_BTNH.shape[-1] // 2
     if mesh.platform() != "cpu":
         return jnp.concatenate([-x_BTNH[..., half:], x_BTNH[..., :half]], axis=-1)
-    # On a CPU, slices of the innermost axis spoil every fusion around them; an (exact) product with a constant does not.
+    # On a CPU, slices of the innermost axis spoil the fusions around them; a product with a constant does not, and is
+    # as exact.
     turn_HH = jnp.asarray(np.eye(2 * half, k=half) - np.eye(2 * half, k=-half), x_BTNH.dtype)
     return jax.lax.dot(x_BTNH.reshape(-1, 2 * half), turn_HH).reshape(x_BTNH.shape)

@@ -46,8 +46,8 @@ def write_tokenizer(path, kind, tokens, pre=None, merges=None, scores=None, type
 
 def byte_level(path, pre, extra=(), merges=(), **ids):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *extra]
-    return write_tokenizer(path, "gpt2", tokens, pre=pre, merges=list(merges), **ids), tokens
+    tokens = [*letters, *extra, "zz"]
+    return write_tokenizer(path, "gpt2", tokens, pre=pre, merges=[*merges, "z z"], **ids), tokens
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +77,19 @@ def test_smollm2_gives_back_every_text(real, text):
     assert real.decode(real(text).input_ids) == text
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_smollm2_agrees_with_transformers_reading(real, text):
-    """Theirs is the GPT-2 rule without the digits; no merge of this vocabulary joins a digit, so the ids agree."""
+@pytest.mark.slow
+def test_smollm2_agrees_with_transformers_reading(real):
+    """Theirs cuts by the GPT-2 rule alone, without the digits. No merge joins ASCII digits, so there the ids agree;
+    after a space, other numerals such as ½ are cut off by the model's own rule and not by theirs.
+    """
     pytest.importorskip("torch", reason="Transformers reads GGUF files with torch")
     from transformers import AutoTokenizer
 
     path = smollm2()
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    assert real(text).input_ids == theirs(text, add_special_tokens=False).input_ids
+    for text in TEXTS:
+        text = text.replace("½ ²", "")
+        assert real(text).input_ids == theirs(text, add_special_tokens=False).input_ids
 
 
 def test_what_is_saved_is_read_alike_here_and_by_transformers(tmp_path, real):
@@ -123,10 +127,10 @@ def test_tokenizer_path_goes_before_the_models_own(tmp_path):
         tokenizer_lib.load(source, "/nowhere")
 
 
-def test_a_broken_tokenizer_is_refused(tmp_path):
+@pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "added_to', ""])
+def test_a_broken_tokenizer_is_refused(tmp_path, content):
     write_folder(tmp_path, TINY, {})
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="its tokenizer cannot be read"):
         tokenizer_lib.load(resolve(keys(tmp_path)))
 
@@ -156,10 +160,8 @@ def test_the_files_flag_for_bos_is_heeded(tmp_path):
 
 def test_user_defined_tokens_stay_whole_and_are_not_special(tmp_path):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    types = ["normal"] * 256 + ["control", "user"]
-    tokenizer = write_tokenizer(
-        tmp_path / "t.gguf", "gpt2", [*letters, "<s>", "<think>"], pre="gpt-2", merges=[], types=types
-    )
+    tokens, types = [*letters, "<s>", "<think>", "zz"], ["normal"] * 256 + ["control", "user", "normal"]
+    tokenizer = write_tokenizer(tmp_path / "t.gguf", "gpt2", tokens, pre="gpt-2", merges=["z z"], types=types)
     ids = tokenizer("a<think>b<s>").input_ids
     assert 257 in ids
     assert 256 in ids
@@ -167,16 +169,18 @@ def test_user_defined_tokens_stay_whole_and_are_not_special(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "pre", "message"),
+    ("kind", "pre", "merges", "message"),
     [
-        ("gpt2", "deepseek-llm", r"pre-tokenizer `deepseek-llm` is not known.*tokenizer_path"),
-        ("gpt2", None, "pre-tokenizer `default` is not known"),
-        ("t5", None, r"tokenizer of kind `t5` cannot be read.*tokenizer_path"),
+        ("gpt2", "deepseek-llm", ["a b"], r"pre-tokenizer `deepseek-llm` is not known.*tokenizer_path"),
+        ("gpt2", None, ["a b"], "pre-tokenizer `default` is not known"),
+        ("gpt2", "smollm", [], r"without tokenizer.ggml.merges.*tokenizer_path"),
+        ("llama", None, [], "without tokenizer.ggml.scores"),
+        ("t5", None, [], r"tokenizer of kind `t5` cannot be read.*tokenizer_path"),
     ],
 )
-def test_a_tokenizer_that_would_be_guessed_is_refused(tmp_path, kind, pre, message):
+def test_a_tokenizer_that_would_be_guessed_is_refused(tmp_path, kind, pre, merges, message):
     with pytest.raises(UserError, match=message):
-        write_tokenizer(tmp_path / "t.gguf", kind, ["a"], pre=pre, merges=[])
+        write_tokenizer(tmp_path / "t.gguf", kind, ["a", "b", "ab"], pre=pre, merges=merges)
 
 
 SPM = ["<unk>", "<s>", "</s>"]

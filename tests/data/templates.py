@@ -12,9 +12,11 @@ MARKED = (
 )
 MARKED_WITHOUT_END = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 MARKED_IN_MACRO = (
-    "{% macro show(text) %}{{ 'x' * 40 }}{% generation %}{{ text }}{% endgeneration %}{% endmacro %}"
-    "{% for message in messages %}{{ show(message['content']) }}{% endfor %}"
+    "{%- macro show(text) -%}answer:\n  {%- generation -%}  {{ text }}\n{%- endgeneration -%}{%- endmacro -%}\n"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ show(message['content']) }}\n"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
+MARKED_AND_CUT = "{% set all %}{% generation %}one two{% endgeneration %}{% endset %}{{ all[:3] }}"
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|stop|>\n\n"
     "{{ message['content'] | trim }}<|eot|>{% endfor %}"

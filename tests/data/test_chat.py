@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def encode(tokenizer, conversation, **how) -> Example:
 def trained(tokenizer, example) -> list[str]:
     """Return the decoded stretches of trained tokens."""
     edges = [0, *(np.flatnonzero(np.diff(example.mask_T)) + 1), len(example.ids_T)]
-    spans = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a and example.mask_T[a]]
+    spans = [(a, b) for a, b in pairwise(edges) if b > a and example.mask_T[a]]
     return [tokenizer.decode(example.ids_T[a:b]) for a, b in spans]
 
 
@@ -170,9 +171,16 @@ def test_failing_template_says_what_it_says(tokenizer):
         encode(tokenizer, (SYSTEM, *TURNS[:1]))
 
 
-def test_marks_in_a_macro_are_refused(tokenizer):
-    with pytest.raises(RowError, match="marks do not fit"):
-        encode(tokenizer, TURNS[:2], template=templates.MARKED_IN_MACRO)
+def test_marks_in_a_macro_are_exact(tokenizer):
+    example = encode(tokenizer, TURNS, template=templates.MARKED_IN_MACRO)
+    assert trained(tokenizer, example) == ["the quick\n\nfox é 🦊", " two  "]
+
+
+def test_marks_that_cannot_be_followed_are_refused(tokenizer):
+    with pytest.raises(RowError, match="cuts or measures the text"):
+        encode(tokenizer, TURNS[:2], template=templates.MARKED_AND_CUT)
+    with pytest.raises(RowError, match="which are no characters"):
+        encode(tokenizer, ({"role": "assistant", "content": "\ufdd0"},), template=templates.MARKED)
 
 
 def test_half_a_character_is_refused(tokenizer):

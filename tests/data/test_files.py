@@ -141,10 +141,13 @@ def test_held_out_rows_are_drawn_by_the_seed(write):
 )
 def test_bad_files(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as error:
+
+    def read_all():
         read = opened(tmp_path / name)
-        for index in range(len(read)):
-            read[index]
+        return [read[index] for index in range(len(read))]
+
+    with pytest.raises(UserError) as error:
+        read_all()
     assert expected in str(error.value)
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ def test_rows_hold_every_conversation_once_and_none_overflows(seed, row_length):
     row_C = packing.best_fit(lengths_C, row_length)
     members_C, starts_R1 = packing.members(row_C)
     assert sorted(members_C.tolist()) == list(range(len(lengths_C)))
-    rows = [members_C[a:b] for a, b in zip(starts_R1[:-1], starts_R1[1:], strict=True)]
+    rows = [members_C[a:b] for a, b in pairwise(starts_R1)]
     assert all(0 < lengths_C[row].sum() <= row_length for row in rows)
     assert all((row_C[row] == number).all() for number, row in enumerate(rows))
 

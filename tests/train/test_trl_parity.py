@@ -41,7 +41,7 @@ from tiny import TINY
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 STEPS, ROWS, LENGTH = 20, 80, 96
 PYTHON = os.environ.get("TRL_PYTHON", sys.executable)
 CONFIG = TINY | {

@@ -1,0 +1,82 @@
+"""Luthier's side of `sft.py`: the whole real run, `train.sft.run`, with its compiled step taking turns.
+
+Every step passes through the loop that users run, its reading ahead, its log and its files. Checkpoints are off, as on
+the other sides.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from turns import Turns
+
+from luthier import config, mesh
+from luthier.model import param
+from luthier.train import metrics, sft
+
+
+def facts(job: sft.Job) -> dict[str, Any]:
+    """What the parent prints beside the times, and what MFU is made of."""
+    c, device = job.model.config, job.mesh.devices.flat[0]
+    shape = (c.num_hidden_layers, c.num_attention_heads, c.head_dim, job.config.max_target_length)
+    peak = metrics.peak_flops(device.device_kind)
+    return {
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+        "device": device.device_kind,
+        "dtype": np.dtype(job.compute.dtype).name,
+        "flops_per_token": metrics.flops_per_token(param.count(job.model.spec), *shape),
+        "peak_flops": peak and peak * job.mesh.size,
+    }
+
+
+def device_peak() -> int | None:
+    stats = None if mesh.platform() == "cpu" else jax.devices()[0].memory_stats()
+    return stats and stats.get("peak_bytes_in_use")
+
+
+def in_turns(turns: Turns, programs: sft.Programs) -> sft.Programs:
+    """Return the programs with a train step that waits for its turn."""
+
+    def advance(state: Any, batch: Any, rate: Any) -> Any:
+        if not np.asarray(batch.segments_BT).all():
+            raise ValueError("a batch with padding: the rows were to fill it")
+        turns.before_step(lambda: jax.block_until_ready(state))
+        return programs.train.result()(state, batch, rate)
+
+    ready: Future[Any] = Future()
+    programs.train.add_done_callback(lambda _: ready.set_result(advance))
+    return sft.Programs(ready, None)
+
+
+def main() -> None:
+    turns = Turns(device_peak)
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    compile_steps = sft.compile_steps
+
+    def compile_in_turns(job: sft.Job, *arguments: Any) -> sft.Programs:
+        turns.facts |= facts(job)
+        return in_turns(turns, compile_steps(job, *arguments))
+
+    sft.compile_steps = compile_in_turns
+    keys = {
+        "model_name": plan["model"],
+        "load_parameters_path": "random",
+        "hf_path": plan["rows"],
+        "base_output_directory": plan["output"],
+        "per_device_batch_size": plan["batch"],
+        "max_target_length": plan["length"],
+        "dtype": plan["dtype"],
+        "steps": 1_000_000,
+        "enable_checkpointing": False,
+    }
+    sft.run(config.resolve("sft", [f"{key}={value}" for key, value in keys.items()], {}))
+
+
+if __name__ == "__main__":
+    main()
