@@ -17,21 +17,17 @@ import numpy as np
 from turns import Turns
 
 from luthier import config, mesh
-from luthier.model import param
-from luthier.train import metrics, sft
+from luthier.train import report, sft
+from luthier.train.job import Job, Programs
 
 
-def facts(job: sft.Job) -> dict[str, Any]:
+def facts(job: Job) -> dict[str, Any]:
     """What the parent prints beside the times, and what MFU is made of."""
-    c, device = job.model.config, job.mesh.devices.flat[0]
-    shape = (c.num_hidden_layers, c.num_attention_heads, c.head_dim, job.config.max_target_length)
-    peak = metrics.peak_flops(device.device_kind)
     return {
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "device": device.device_kind,
+        "device": job.mesh.devices.flat[0].device_kind,
         "dtype": np.dtype(job.compute.dtype).name,
-        "flops_per_token": metrics.flops_per_token(param.count(job.model.spec), *shape),
-        "peak_flops": peak and peak * job.mesh.size,
+        **report.speeds(job),
     }
 
 
@@ -40,7 +36,7 @@ def device_peak() -> int | None:
     return stats and stats.get("peak_bytes_in_use")
 
 
-def in_turns(turns: Turns, programs: sft.Programs) -> sft.Programs:
+def in_turns(turns: Turns, programs: Programs) -> Programs:
     """Return the programs with a train step that waits for its turn."""
 
     def advance(state: Any, batch: Any, rate: Any) -> Any:
@@ -51,7 +47,7 @@ def in_turns(turns: Turns, programs: sft.Programs) -> sft.Programs:
 
     ready: Future[Any] = Future()
     programs.train.add_done_callback(lambda _: ready.set_result(advance))
-    return sft.Programs(ready, None)
+    return Programs(ready, None)
 
 
 def main() -> None:
@@ -59,7 +55,7 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     compile_steps = sft.compile_steps
 
-    def compile_in_turns(job: sft.Job, *arguments: Any) -> sft.Programs:
+    def compile_in_turns(job: Job, *arguments: Any) -> Programs:
         turns.facts |= facts(job)
         return in_turns(turns, compile_steps(job, *arguments))
 

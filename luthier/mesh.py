@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -41,7 +42,7 @@ WHOLE = frozenset({"kv_heads", "vocab"})
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
-def make(keys: ModelKeys, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make(keys: ModelKeys, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh that the ``ici_*_parallelism`` keys describe over ``devices`` (default: all).
 
     Raises UserError where the axes' product is not the number of devices.

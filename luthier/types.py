@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
+Array = Any
+"""A numpy array on the host, a jax array inside a program, a shape where a program is compiled from shapes alone."""
 
 
 @dataclass(frozen=True)

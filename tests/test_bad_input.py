@@ -70,7 +70,7 @@ def sft(tmp_path: Path, tiny_model: Path, tiny_rows: Path, capsys: pytest.Captur
         ({"train_split": "trian"}, ["trian", "train"]),
         ({"formatting_func_path": "nowhere.format"}, ["formatting_func_path", "nowhere"]),
         ({"chat_template_path": "nowhere.jinja"}, ["chat_template_path", "nowhere.jinja"]),
-        ({"chat_template": "{% for %}"}, ["chat_template", "syntax"]),
+        ({"chat_template": "{% for %}"}, ["chat_template", "not valid Jinja", "line 1"]),
         ({"ici_tensor_parallelism": 3}, ["ici_tensor_parallelism=3", "8"]),
         ({"ici_tensor_parallelism": 8}, ["ici_tensor_parallelism=8", "heads"]),
         ({"per_device_batch_size": 10_000_000}, ["per_device_batch_size=10000000", "GiB", "fits"]),

@@ -21,7 +21,7 @@ from typing import Any
 import einops
 import numpy as np
 
-from luthier.checkpoint.tensors import Stored
+from luthier.checkpoint.tensors import Stored, aligned
 from luthier.errors import UserError
 
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
@@ -286,7 +286,7 @@ def _values(path: Path, offset: int, shape: tuple[int, ...], kind: Any) -> np.nd
     if kind.name == "F32":
         return raw.view(np.float32).reshape(shape)
     rows = raw.reshape(math.prod(shape[:-1]), -1)
-    values = np.empty((len(rows), shape[-1]), np.float32)
+    values = aligned((len(rows), shape[-1]), np.float32)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         group = slice(start, start + _ROWS_AT_ONCE)
         values[group] = dequantize(rows[group], kind)

@@ -124,9 +124,16 @@ def _fill(source: Source, mesh: Mesh, param: Param, array: jax.Array) -> jax.Arr
 
 def _place(piece: np.ndarray, dtype: Any, sharding: NamedSharding) -> jax.Array:
     """Each device takes its own part of the host's ``piece``, in the memory order and type that it will have there."""
-    return jax.make_array_from_callback(
-        piece.shape, sharding, lambda part: np.ascontiguousarray(piece[part]).astype(dtype, copy=False)
-    )
+
+    def part(where: tuple[slice, ...]) -> np.ndarray:
+        values = piece[where]
+        if values.dtype == dtype and values.flags.c_contiguous:
+            return values
+        copy = files.aligned(values.shape, dtype)
+        np.copyto(copy, values, casting="unsafe")
+        return copy
+
+    return jax.make_array_from_callback(piece.shape, sharding, part)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -177,7 +184,7 @@ def _write(folder: Path, shards: Shards, documents: dict[str, Any], write_tokeni
             files.write_safetensors(new / name, group)
         for name, content in documents.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (new / name).write_text(text)
+            (new / name).write_text(text, encoding="utf-8")
         write_tokenizer(new)
         for path in [*new.iterdir(), new]:
             _sync(path)
@@ -212,7 +219,7 @@ def _saved_config(source: Source, shards: Shards) -> dict[str, Any]:
 def _generation_config(source: Source) -> dict[str, Any]:
     path = source.path / "generation_config.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: source.config[name] for name in ids if source.config.get(name) is not None}
 

@@ -139,7 +139,7 @@ def _read_config(folder: Path, place: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{place}: no config.json there. {_ACCEPTED}")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}.") from None
     if not isinstance(config, dict) or "model_type" not in config:

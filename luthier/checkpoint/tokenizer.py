@@ -52,12 +52,12 @@ def load(source: Source, tokenizer_path: str = "", token: str | None = None) -> 
 def save(tokenizer: PreTrainedTokenizerFast, folder: Path, chat_template: str = "") -> None:
     """Write the tokenizer's files; ``chat_template``, where given, in place of its own."""
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     for name in ("is_local", "local_files_only"):  # how it was read here is nobody else's matter
         config.pop(name, None)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if chat_template:
-        (folder / CHAT_TEMPLATE).write_text(chat_template)
+        (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def _path(source: Source, tokenizer_path: str, token: str | None) -> Path:

@@ -213,7 +213,10 @@ def _check_syntax(tokenizer: Any, how: Rendering) -> None:
         # A template may rightly refuse the probe; only one that does not parse can never render anything.
         if isinstance(refused.__cause__, jinja2.TemplateSyntaxError):
             line = refused.__cause__.lineno
-            raise UserError(f"the chat template is not valid Jinja: {refused.__cause__} (line {line}).") from None
+            raise UserError(
+                f"the chat template is not valid Jinja: {refused.__cause__} (line {line}). Mend it, or set another "
+                "with chat_template or chat_template_path."
+            ) from None
 
 
 def _template_file(name: str) -> str:

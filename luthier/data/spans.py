@@ -103,7 +103,7 @@ def _marked(tokenizer: Any, template: str, conversation: Conversation, text: str
     if bracketed.replace(OPENED, "").replace(CLOSED, "") != text:
         raise RowError(
             "",
-            "the chat template cuts or measures the text inside its {% generation %} marks, so they cannot be followed. "
+            "the chat template cuts or measures text inside its {% generation %} marks, so they cannot be followed. "
             "Move the marks to where the text is printed, or set sft_train_on_completion_only=false.",
         )
     return tuple(spans)

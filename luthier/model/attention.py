@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from luthier import mesh as mesh_lib
 from luthier.errors import UserError
 from luthier.model.attention_blockwise import blockwise
-from luthier.model.attention_splash import splash
 
 Kernel = Callable[..., jax.Array]
 
@@ -58,9 +57,13 @@ def _kernel(implementation: str, q_BTNH: jax.Array) -> Kernel:
             f"attention=cudnn: needs an NVIDIA GPU, bfloat16 and a head size of at most 128, a multiple of 8; "
             f"here are a {platform}, {q_BTNH.dtype} and {head_dim}. Use attention=auto."
         )
-    if implementation == "splash" and platform != "tpu":
-        raise UserError(f"attention=splash: needs a TPU, this is a {platform}. Use attention=auto.")
-    return {"blockwise": blockwise, "cudnn": cudnn, "splash": splash}[implementation]
+    if implementation == "splash":
+        if platform != "tpu":
+            raise UserError(f"attention=splash: needs a TPU, this is a {platform}. Use attention=auto.")
+        from luthier.model.attention_splash import splash  # Pallas takes half a second to import
+
+        return splash
+    return {"blockwise": blockwise, "cudnn": cudnn}[implementation]
 
 
 def cudnn(

@@ -82,7 +82,7 @@ class _Plan:
         return min(self.length, -(-(end_key + reach - 1) // self.block) * self.block)
 
     def allowed(self, segments_BT: Any, query: Any, queries: int, key: Any, keys: int) -> jax.Array:
-        """Return which keys each of ``queries`` tokens from ``query`` on, G rows each, sees: ``[B or 1, 1, rows, keys]``."""
+        """Return which keys each of ``queries`` tokens from ``query`` on sees: ``[B or 1, 1, queries * G, keys]``."""
         distance = (query + jnp.arange(queries * self.group) // self.group)[:, None] - (key + jnp.arange(keys))
         allowed = distance >= 0
         if self.window is not None:

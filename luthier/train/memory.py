@@ -56,7 +56,7 @@ def estimate(config: SftConfig, model: Model, mesh: Mesh, compute: Compute) -> P
         "none": 4 * c.hidden_size + 3 * width + 3 * kv + 4 * c.intermediate_size,
     }[compute.remat]
     itemsize = jnp.dtype(compute.dtype).itemsize
-    in_flight = 4 * (4 * c.hidden_size + 3 * c.intermediate_size + 4 * width)
+    in_flight = 8 * 4 * (c.hidden_size + c.intermediate_size + width)  # one layer and its gradients, fp32
     per_token = (saved * itemsize * c.num_hidden_layers + in_flight) / mesh.shape["tensor"]
     logits = 3 * 4 * 512 * c.vocab_size / mesh.shape["tensor"]
     process = PROCESS if mesh_lib.platform() == "cpu" else 0.0

@@ -49,7 +49,7 @@ def schedule(keys: TrainKeys, steps: int) -> Callable[[int], float]:
     warmup = int(keys.warmup_steps_fraction * steps)
     rest = max(steps - warmup, 1)
     stable = rest - int(keys.wsd_decay_steps_fraction * rest)
-    after = {
+    after: Callable[[int], Any] = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, final, rest),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, keys.learning_rate_final_fraction),
@@ -84,23 +84,23 @@ def per_tensor(inner: Transformation, spec: Tree) -> Transformation:
     Our arrays stack the layers and split the heads; an optimizer that takes statistics over a whole array must see
     what it would see elsewhere.
     """
-    params, treedef = jax.tree.flatten(spec, is_leaf=lambda leaf: isinstance(leaf, Param))
+    leaves, treedef = jax.tree.flatten(spec, is_leaf=lambda leaf: isinstance(leaf, Param))
 
-    def lift(function: Callable[..., Any], param: Param) -> Callable[..., Any]:
-        for _ in param.stack:
+    def lift(function: Callable[..., Any], leaf: Param) -> Callable[..., Any]:
+        for _ in leaf.stack:
             function = jax.vmap(function)
         return function
 
     def matrices(tree: Tree) -> list[jax.Array]:
-        return [_as_matrix(x, param) for x, param in zip(treedef.flatten_up_to(tree), params, strict=True)]
+        return [_as_matrix(x, leaf) for x, leaf in zip(treedef.flatten_up_to(tree), leaves, strict=True)]
 
-    def init(tree: Tree) -> list[Any]:
-        return [lift(inner.init, param)(x) for x, param in zip(matrices(tree), params, strict=True)]
+    def init(params: Tree) -> Any:
+        return [lift(inner.init, leaf)(x) for x, leaf in zip(matrices(params), leaves, strict=True)]
 
-    def update(updates: Tree, state: list[Any], tree: Tree | None = None) -> tuple[Tree, list[Any]]:
-        rows = zip(matrices(updates), state, matrices(tree), params, strict=True)
-        pairs = [lift(inner.update, param)(u, s, x) for u, s, x, param in rows]
-        new = [u.reshape(param.shape) for (u, _), param in zip(pairs, params, strict=True)]
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        rows = zip(matrices(updates), state, matrices(params), leaves, strict=True)
+        pairs = [lift(inner.update, leaf)(u, s, x) for u, s, x, leaf in rows]
+        new = [u.reshape(leaf.shape) for (u, _), leaf in zip(pairs, leaves, strict=True)]
         return treedef.unflatten(new), [s for _, s in pairs]
 
     return optax.GradientTransformation(init, update)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from luthier.checkpoint import huggingface
 from luthier.checkpoint.card import model_card
+from luthier.data.chat import rendering
 from luthier.data.preview import preview
 from luthier.data.source import TokenRows
 from luthier.model import param
@@ -65,7 +66,7 @@ def export(job: Job, params: param.Tree, tokenizer: Any, place: Path) -> None:
         job.source,
         tokenizer,
         dtype=config.save_dtype,
-        chat_template=config.chat_template,
+        chat_template=rendering(config, tokenizer).template,
         card=model_card(job.source, "sft", config.hf_path, keys),
     )
 
@@ -84,7 +85,7 @@ def summary(console: Console, place: Path, evaluations: Evaluations) -> None:
     display.table(console, "Done", lines)
 
 
-def speeds(job: Job) -> dict[str, float | None]:
+def speeds(job: Job) -> dict[str, Any]:
     """Return what MFU is made of: the FLOPs of a token, and of all devices in a second where that is known."""
     c = job.model.config
     lookup = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # a look-up multiplies nothing

@@ -24,7 +24,7 @@ from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.train import optimizer as optimizer_lib
-from luthier.types import Batch, Loss
+from luthier.types import Array, Batch, Loss
 
 Algorithm = Callable[..., Loss]
 Metrics = dict[str, jax.Array]
@@ -37,20 +37,18 @@ class TrainState:
 
     params: Tree
     opt_state: Tree
-    step: jax.Array
+    step: Array
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Totals:
     """Sums over the tokens of a batch, to be divided once."""
 
-    loss: jax.Array
-    correct: jax.Array
-    weight: jax.Array
-    tokens: jax.Array
-
-
-jax.tree_util.register_dataclass(Totals)
+    loss: Array
+    correct: Array
+    weight: Array
+    tokens: Array
 
 
 def make_train_step(

@@ -1,4 +1,6 @@
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -243,3 +245,51 @@ def test_memory_stays_at_the_model_and_two_tensors(tmp_path):
     load, save = map(float, done.stdout.split())
     assert load <= 2.75, done.stdout  # largest tensors above the model; the rest is compiled programs
     assert save <= 2.75, done.stdout
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+import jax.numpy as jnp
+import numpy as np
+from folders import keys, spec_of, tiny_tokenizer
+from luthier import mesh as mesh_lib
+from luthier.checkpoint import huggingface
+from luthier.checkpoint.source import resolve
+from luthier.checkpoint.state import Checkpoints
+
+folder, process = Path(sys.argv[3]), jax.process_index()
+source = resolve(keys(folder / "in"))
+spec = spec_of(source.config)
+params = huggingface.load(source, spec, jnp.float32, mesh_lib.make(keys(ici_fsdp_parallelism=4)))
+assert jax.process_count() == 2 and not params["embed"].is_fully_addressable
+huggingface.save(folder / "out", params, spec, source, tiny_tokenizer())
+data = {"row": process, "note": "é" * process}
+with Checkpoints(folder / "checkpoints") as checkpoints:
+    checkpoints.save(3, params, data)
+with Checkpoints(folder / "checkpoints") as checkpoints:
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    again, found = checkpoints.restore(abstract)
+assert found == data
+for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+    for mine, theirs in zip(one.addressable_shards, other.addressable_shards, strict=True):
+        np.testing.assert_array_equal(mine.data, theirs.data)
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_load_save_and_resume_together(tmp_path):
+    values = random_tensors(TINY, "bfloat16")
+    write_folder(tmp_path / "in", TINY, values)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", TWO_PROCESSES, port]
+    children = [
+        subprocess.Popen([*command, str(process), str(tmp_path)], env=os.environ | flags) for process in range(2)
+    ]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    same({name: tensor.read() for name, tensor in tensors.read_folder(tmp_path / "out").items()}, values)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from folders import keys, one_device
+from jax.sharding import NamedSharding, PartitionSpec
 
 from luthier import mesh as mesh_lib
 from luthier.checkpoint.state import Checkpoints
@@ -18,15 +19,21 @@ from luthier.model import param
 from luthier.model.families import llama
 from tiny import TINY
 
-OPTIMIZER = optax.adamw(1e-3)
-
 
 def make_state(mesh, seed=0):
+    """Weights, Adam's moments in another type, and a step, on ``mesh``."""
     spec = llama.spec(llama.Config.from_hf(TINY))
-    params = param.initialise(spec, jax.random.key(seed), jnp.float32, mesh)
-    moments = OPTIMIZER.init(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    moments = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype) if x.ndim else x, moments)
-    return {"params": params, "moments": moments, "step": jnp.int32(7)}
+    random = np.random.default_rng(seed)
+    shardings = param.shardings(spec, mesh)
+
+    def draw(dtype):
+        values = param.map_spec(lambda weight: random.standard_normal(weight.shape).astype(dtype), spec)
+        return jax.device_put(values, shardings)
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    count, step = jax.device_put((np.int32(7), np.int32(7)), everywhere)
+    adam = optax.ScaleByAdamState(count, draw(jnp.bfloat16), draw(jnp.bfloat16))
+    return {"params": draw(np.float32), "moments": (adam, optax.EmptyState()), "step": step}
 
 
 def abstract(state):

@@ -1,0 +1,137 @@
+"""``token_logp`` against log-softmax of whole logits: values, both gradients, chunks, devices."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import TOLERANCE, assert_close
+
+from luthier import mesh
+from luthier.config import ModelKeys
+from luthier.model import cross_entropy
+from luthier.model.cross_entropy import token_logp
+
+
+@pytest.fixture(params=[1, 7], ids=["one chunk", "chunks"], autouse=True)
+def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = {1: 10_000, 7: 6}[request.param]
+    monkeypatch.setattr(cross_entropy, "LOGITS_LIMIT", {"cpu": tokens * 64 * 4})
+
+
+def arrays(B: int = 2, T: int = 19, D: int = 16, V: int = 64, dtype: str = "float32"):
+    """Return hidden states, head, targets, and a factor of each log-prob in the loss; some of those are zero."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    hidden_BTD, head_VD = jax.random.normal(keys[0], (B, T, D)).astype(dtype), jax.random.normal(keys[1], (V, D))
+    targets_BT = jax.random.randint(keys[2], (B, T), 0, V)
+    weights_BT = jax.random.uniform(keys[3], (B, T)) * (jax.random.uniform(keys[4], (B, T)) > 0.3)
+    return hidden_BTD, head_VD, targets_BT, weights_BT
+
+
+def whole(hidden_BTD, head_VD, targets_BT):
+    logits_BTV = hidden_BTD.astype(jnp.float32) @ head_VD.T
+    logp_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1)[..., 0]
+    return logp_BT, logits_BTV.argmax(-1) == targets_BT
+
+
+def value_and_gradients(function, hidden_BTD, head_VD, targets_BT, weights_BT):
+    def loss(hidden_BTD, head_VD):
+        logp_BT, correct_BT = function(hidden_BTD, head_VD, targets_BT)
+        return -3.0 * jnp.sum(logp_BT * weights_BT), (logp_BT, correct_BT)
+
+    (_, scores), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden_BTD, head_VD)
+    return *scores, *gradients
+
+
+def announced(weights_BT):
+    return functools.partial(token_logp, cotangent_BT=weights_BT)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_values_and_gradients_equal_log_softmax(linear: bool, dtype: str) -> None:
+    hidden_BTD, *rest, weights_BT = arrays(dtype=dtype)
+    function = announced(weights_BT) if linear else token_logp
+    logp_BT, correct_BT, *gradients = value_and_gradients(function, hidden_BTD, *rest, weights_BT)
+    expected = value_and_gradients(whole, hidden_BTD.astype(jnp.float32), *rest, weights_BT)
+    assert_close(logp_BT, expected[0], TOLERANCE[dtype])
+    assert logp_BT.dtype == jnp.float32
+    assert [x.dtype for x in gradients] == [hidden_BTD.dtype, jnp.float32]
+    for one, other in zip(gradients, expected[2:], strict=True):
+        assert_close(one, other, TOLERANCE[dtype])
+    if dtype == "float32":  # rounding may turn a near-tie
+        np.testing.assert_array_equal(correct_BT, expected[1])
+
+
+def test_a_loss_that_is_not_linear_has_the_general_gradient() -> None:
+    hidden_BTD, head_VD, targets_BT, _ = arrays()
+
+    def gradients(function):
+        loss = lambda *arrays: jnp.sum(jnp.square(function(*arrays, targets_BT)[0]))  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 1)))(hidden_BTD, head_VD)
+
+    for one, other in zip(gradients(token_logp), gradients(whole), strict=True):
+        assert_close(one, other)
+
+
+def test_an_announcement_that_does_not_hold_gives_nan() -> None:
+    hidden_BTD, head_VD, targets_BT, weights_BT = arrays()
+    wrong = announced(jnp.roll(weights_BT, 1, axis=1))
+    gradients = value_and_gradients(wrong, hidden_BTD, head_VD, targets_BT, weights_BT)[2:]
+    assert all(np.isnan(x).all() for x in gradients)
+
+
+def test_a_batch_without_trained_tokens_has_no_gradient() -> None:
+    hidden_BTD, head_VD, targets_BT, weights_BT = arrays()
+    zeros_BT = jnp.zeros_like(weights_BT)
+    gradients = value_and_gradients(announced(zeros_BT), hidden_BTD, head_VD, targets_BT, zeros_BT)[2:]
+    assert all((np.asarray(x) == 0).all() for x in gradients)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_logits_are_never_whole(linear: bool) -> None:
+    hidden_BTD, head_VD, targets_BT, weights_BT = arrays(B=2, T=300, D=4)
+    function = announced(weights_BT) if linear else token_logp
+    gradient = jax.grad(lambda h, w: jnp.sum(function(h, w, targets_BT).logp_BT * weights_BT), (0, 1))
+    compiled = jax.jit(gradient).lower(hidden_BTD, head_VD).compile()
+    if cross_entropy.LOGITS_LIMIT["cpu"] < 600 * 64 * 4:
+        assert compiled.memory_analysis().temp_size_in_bytes < 600 * 64 * 4
+
+
+def test_equals_torch() -> None:
+    torch = pytest.importorskip("torch")
+    hidden_BTD, head_VD, targets_BT, weights_BT = arrays()
+    hidden, head = (torch.tensor(np.asarray(x), requires_grad=True) for x in (hidden_BTD, head_VD))
+    logits, targets = (hidden @ head.T).flatten(0, 1), torch.tensor(np.asarray(targets_BT)).flatten().long()
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (3.0 * loss * torch.tensor(np.asarray(weights_BT)).flatten()).sum().backward()
+    logp_BT, _, *gradients = value_and_gradients(announced(weights_BT), hidden_BTD, head_VD, targets_BT, weights_BT)
+    assert_close(-logp_BT.flatten(), loss.detach().numpy())
+    for one, other in zip(gradients, (hidden.grad, head.grad), strict=True):
+        assert_close(one, other.numpy())
+
+
+@pytest.mark.parametrize("axes", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("linear", [False, True])
+def test_eight_devices_equal_one(linear: bool, axes: tuple[int, int, int]) -> None:
+    hidden_BTD, head_VD, targets_BT, weights_BT = arrays(B=8)
+    function = announced(weights_BT) if linear else token_logp
+    expected = value_and_gradients(function, hidden_BTD, head_VD, targets_BT, weights_BT)
+    keys = ModelKeys(ici_data_parallelism=axes[0], ici_fsdp_parallelism=axes[1], ici_tensor_parallelism=axes[2])
+    with mesh.use(mesh.make(keys)) as devices:
+        head_VD = jax.device_put(head_VD, mesh.sharding(("vocab", "embed"), head_VD.shape, devices))
+        actual = value_and_gradients(function, hidden_BTD, head_VD, targets_BT, weights_BT)
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(one, other)
+
+
+def test_a_vocabulary_or_batch_that_does_not_divide_stays_whole() -> None:
+    hidden_BTD, head_VD, targets_BT, weights_BT = arrays(B=3, V=63)
+    expected = value_and_gradients(announced(weights_BT), hidden_BTD, head_VD, targets_BT, weights_BT)
+    with mesh.use(mesh.make(ModelKeys(ici_fsdp_parallelism=4, ici_tensor_parallelism=2))):
+        actual = value_and_gradients(announced(weights_BT), hidden_BTD, head_VD, targets_BT, weights_BT)
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(one, other)
