@@ -35,6 +35,10 @@ CONFIG = {
     "pad_token_id": 2,
 }
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}<|im_start|> {{ message.role }} {{ message.content }} <|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
 
 
 def write_model(folder: Path) -> None:
@@ -44,9 +48,8 @@ def write_model(folder: Path) -> None:
     words = [*SPECIALS, *(f"w{number}" for number in range(len(SPECIALS), CONFIG["vocab_size"]))]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=SPECIALS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=SPECIALS[2], pad_token=SPECIALS[2], unk_token=SPECIALS[0]
-    ).save_pretrained(folder)
+    special = {"eos_token": SPECIALS[2], "pad_token": SPECIALS[2], "unk_token": SPECIALS[0]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special).save_pretrained(folder)
 
 
 def write_rows(path: Path, rows: int, length: int) -> None:

@@ -80,10 +80,10 @@ def watch(events: Events, sft: Any) -> None:
 
     sft.compile_steps = compile_timed
 
-    def listen(name: str, seconds: float, **_: Any) -> None:
-        if seconds > 0.1 and name.startswith(("/jax/core/compile/", "/jax/compilation_cache/")):
+    def listen(name: str, seconds: float, fun_name: str = "", **_: Any) -> None:
+        if seconds > 0.1 and name.startswith("/jax/core/compile/"):
             end = time.time()
-            events.add(f"jax: {name.rpartition('/')[2].removesuffix('_duration')}", end - seconds, end)
+            events.add(f"  {name.rpartition('/')[2].removesuffix('_duration')} {fun_name}", end - seconds, end)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
 

@@ -125,7 +125,7 @@ def _fill(source: Source, mesh: Mesh, param: Param, array: jax.Array) -> jax.Arr
 def _place(piece: np.ndarray, dtype: Any, sharding: NamedSharding) -> jax.Array:
     """Each device takes its own part of the host's ``piece``, in the memory order and type that it will have there."""
 
-    def part(where: tuple[slice, ...]) -> np.ndarray:
+    def part(where: Any) -> np.ndarray:
         values = piece[where]
         if values.dtype == dtype and values.flags.c_contiguous:
             return values

@@ -64,11 +64,6 @@ def test_no_matmul_of_a_train_step_is_slow(dtype: str, linear: bool, remat: str)
     assert slow_matmuls(hlo) == []
 
 
-def test_the_test_sees_a_slow_matmul() -> None:
-    x = np.ones((3, 4, 256, 192), np.float32)
-
-    def sums(x):
-        step = lambda total, x: (total + jnp.einsum("bmi,bmj->ij", x, x), None)  # noqa: E731
-        return jax.lax.scan(step, jnp.zeros((192, 192)), x)
-
-    assert slow_matmuls(jax.jit(sums).lower(x).compile().as_text())
+def test_a_slow_matmul_is_seen() -> None:
+    x = np.ones((64, 64), np.int32)  # no fast kernel takes whole numbers
+    assert slow_matmuls(jax.jit(lambda x: x @ x).lower(x).compile().as_text())
