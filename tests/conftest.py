@@ -24,9 +24,9 @@ from luthier.types import Batch
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real datasets and checkpoints that some machines have beside the repository."""
-    folder = Path(os.environ.get("LUTHIER_TEST_DATA", ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ.get("TEST_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}: set LUTHIER_TEST_DATA to the folder that holds it")
+        pytest.skip(f"no real data at {folder}: set TEST_DATA to the folder that holds it")
     return folder
 
 

@@ -1,5 +1,7 @@
 """Every family against Transformers on tiny random models: one tolerance, never loosened."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from conftest import make_batch
 from luthier import mesh
+from luthier.checkpoint import huggingface
+from luthier.checkpoint.source import resolve
 from luthier.config import ModelKeys
 from luthier.errors import UserError
 from luthier.model import families, param
@@ -91,3 +95,17 @@ def test_a_config_that_lacks_a_field_is_refused() -> None:
     config = {name: value for name, value in TINY.items() if name != "vocab_size"}
     with pytest.raises(UserError, match=r"x: config\.json lacks 'vocab_size'"):
         Model.from_hf(config, "x")
+
+
+def test_a_llama31_checkpoint_scores_as_its_recorded_reference(data_folder: Path) -> None:
+    """Transformers' fp32 log-probs of a Llama 3.1 checkpoint on disk, through our own reading of it."""
+    folder = data_folder / "maxtext" / "llama3.1-tiny-hf"
+    source = resolve(ModelKeys(load_parameters_path=str(folder)))
+    model, reference = Model.from_hf(source.config, source.name), np.load(folder / "reference.npz")
+    tokens_BT = reference["tokens"].astype(np.int32)
+    ones_BT = np.ones_like(tokens_BT)
+    positions_BT = np.tile(np.arange(tokens_BT.shape[1], dtype=np.int32), (len(tokens_BT), 1))
+    batch = Batch(tokens_BT, positions_BT, ones_BT, ones_BT)
+    params = huggingface.load(source, model.spec, jnp.float32, mesh.make(ModelKeys(), jax.devices()[:1]))
+    logits_BTV = jax.jit(lambda p: model.logits(p, batch, Compute()))(params)
+    np.testing.assert_allclose(jax.nn.log_softmax(logits_BTV), reference["logp"], atol=TOLERANCE, rtol=0)
