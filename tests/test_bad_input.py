@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from conftest import ROOT
 from luthier import cli
 
@@ -144,6 +145,14 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(sft: Sft, tmp_path
     message = sft(load_parameters_path=folder)
     assert "missing: model.layers.3.mlp.up_proj.weight" in message
     assert "misshapen: model.layers.0.mlp.up_proj.weight is 128x64, config.json asks for 96x64" in message
+
+
+def test_a_tokenizer_of_another_model_is_refused(sft: Sft, tmp_path: Path, tiny_rows: Path) -> None:
+    tiny.write_model(tmp_path / "small", vocab_size=100)
+    message = sft(load_parameters_path=tmp_path / "small")
+    assert f"{tiny_rows}" in message
+    assert "over the model's vocabulary of 100" in message
+    assert "tokenizer_path" in message
 
 
 def test_a_hub_that_cannot_be_reached(sft: Sft) -> None:

@@ -62,6 +62,18 @@ class TokenRows:
         """Return the first conversation of a packed row, as it is trained on."""
         return self.packed.examples(row)[0]
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise UserError where a token has no place in a vocabulary of ``size``: the tokenizer is another model's."""
+        ids_T = self.packed.tokens.ids_T
+        if ids_T.max(initial=0) < size:
+            return
+        first = int(np.argmax(ids_T >= size))
+        conversation = int(np.searchsorted(self.packed.tokens.starts_C, first, side="right")) - 1
+        raise UserError(
+            f"{self.rows.place(conversation)}: token id {int(ids_T[first])} is over the model's vocabulary of {size}. "
+            "The tokenizer is not this model's: set tokenizer_path to the one it was trained with."
+        )
+
     def source_rows(self, row: int) -> list[int]:
         """Return the dataset's rows (from 0) that lie in a packed row."""
         start, stop = self.packed.starts_R1[row : row + 2]

@@ -131,8 +131,10 @@ def _query_block(
 ) -> tuple[None, tuple[jax.Array, jax.Array]]:
     """Return output and log-sum-exp of the block of queries at token ``start``, over keys that begin at ``key``."""
     q = _cut(q_BKRH, start * plan.group, plan.block * plan.group, 2)
+    # Tied to q, masks are made anew in each layer. Else they are moved out of the scan over layers, and all held.
+    q, segments_BT, forbidden = jax.lax.optimization_barrier((q, segments_BT, jnp.float32(FORBIDDEN)))
     allowed = plan.allowed(segments_BT, start, plan.block, key, k_BKsH.shape[2])
-    scores = jnp.where(allowed, _matmul(q, k_BKsH, transpose=True) * plan.scale, FORBIDDEN)
+    scores = jnp.where(allowed, _matmul(q, k_BKsH, transpose=True) * plan.scale, forbidden)
     top = scores.max(axis=-1, keepdims=True)
     p = fence(jnp.exp(scores - top).astype(q.dtype))
     total = p.astype(jnp.float32).sum(axis=-1, keepdims=True)
@@ -165,6 +167,7 @@ def _key_block(
     q, do, lse_BKr, delta_BKr = queries
     k, v = (_cut(x, start, plan.block, 2) for x in (keys[0], keys[2]))
     k_BKHb = _cut(keys[1], start, plan.block, 3)
+    k, segments_BT = jax.lax.optimization_barrier((k, segments_BT))  # as in `_query_block`
     allowed = plan.allowed(segments_BT, query, q.shape[2] // plan.group, start, plan.block).mT
     scores = _matmul(k, q, transpose=True) * plan.scale
     p = fence(jnp.where(allowed, jnp.exp(scores - lse_BKr[:, :, None]), 0).astype(q.dtype))

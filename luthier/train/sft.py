@@ -77,6 +77,9 @@ def run(config: SftConfig) -> None:
         job = prepare(config, source, model, mesh)
         tokenizer = tokenizer_lib.load(source, config.tokenizer_path, config.hf_access_token)
         rows, held_out = load_rows(config, tokenizer)
+        for split in (rows, held_out):
+            if split is not None:
+                split.check_vocabulary(model.config.vocab_size)
         total = total_steps(job, len(rows))
         folder.open_(config)
         report.header(console, job, rows, held_out, total, place, tokenizer)

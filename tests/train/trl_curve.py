@@ -1,4 +1,4 @@
-"""Train by TRL's `SFTTrainer` and write down what it saw and how it went: a program, run by an interpreter that has TRL.
+"""Train by TRL's `SFTTrainer` and write down what it saw and how it went: run by an interpreter that has TRL.
 
     python trl_curve.py curves.json
 
