@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
 # Before jax and huggingface_hub are imported anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import numpy as np
 import pytest
 
-from luthier.types import Batch
+from tiny import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -28,23 +26,6 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set TEST_DATA to the folder that holds it")
     return folder
-
-
-def make_batch(rows: int = 4, length: int = 32, vocab: int = 256, seed: int = 0) -> Batch:
-    """Random tokens in rows of two segments and some padding, with a random loss mask."""
-    random = np.random.default_rng(seed)
-    tokens_BT = random.integers(0, vocab, (rows, length), dtype=np.int32)
-    segments_BT, positions_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT)
-    mask_BT = random.random((rows, length)) < 0.7
-    for row in range(rows):
-        first, end = random.integers(3, length // 2), random.integers(length // 2 + 3, length + 1)
-        for number, (start, stop) in enumerate(((0, first), (first, end)), start=1):
-            segments_BT[row, start:stop] = number
-            positions_BT[row, start:stop] = np.arange(stop - start)
-            mask_BT[row, start] = False
-        tokens_BT[row, end:] = 0
-        mask_BT[row, end:] = False
-    return Batch(tokens_BT, positions_BT, segments_BT, mask_BT)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from conftest import ROOT
 from luthier import cli
+from tiny import ROOT
 
 GOOD = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]}
 SECONDS = 60  # generous: a loaded machine, two libraries imported for the first time; training would take longer

@@ -4,10 +4,10 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from conftest import make_batch
 from luthier import mesh
 from luthier.config import ModelKeys
 from luthier.errors import UserError
+from tiny import make_batch
 
 
 def make(data: int = 1, fsdp: int = -1, tensor: int = 1) -> jax.sharding.Mesh:

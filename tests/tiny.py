@@ -1,8 +1,15 @@
-"""Tiny models for tests: `config.json` fields by name, and their Transformers twins."""
+"""Tiny models and batches for tests: `config.json` fields by name, their Transformers twins, their tokenizer."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from luthier.types import Batch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TINY = {
     "model_type": "llama",
@@ -41,6 +48,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def make_batch(rows: int = 4, length: int = 32, vocab: int = 256, seed: int = 0) -> Batch:
+    """Random tokens in rows of two segments and some padding, with a random loss mask."""
+    random = np.random.default_rng(seed)
+    tokens_BT = random.integers(0, vocab, (rows, length), dtype=np.int32)
+    segments_BT, positions_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT)
+    mask_BT = random.random((rows, length)) < 0.7
+    for row in range(rows):
+        first, end = random.integers(3, length // 2), random.integers(length // 2 + 3, length + 1)
+        for number, (start, stop) in enumerate(((0, first), (first, end)), start=1):
+            segments_BT[row, start:stop] = number
+            positions_BT[row, start:stop] = np.arange(stop - start)
+            mask_BT[row, start] = False
+        tokens_BT[row, end:] = 0
+        mask_BT[row, end:] = False
+    return Batch(tokens_BT, positions_BT, segments_BT, mask_BT)
+
+
 def torch_twin(config: dict[str, Any], seed: int = 0) -> Any:
     """Return Transformers' model of this config with random fp32 weights, biases and norms included."""
     import torch
@@ -62,7 +86,6 @@ def torch_twin(config: dict[str, Any], seed: int = 0) -> Any:
 def params_from_torch(spec: Any, model: Any) -> Any:
     """Return our weights filled from a Transformers model through each Param's own layout."""
     import jax.numpy as jnp
-    import numpy as np
 
     from luthier.model.param import Param, map_spec
 
@@ -105,7 +128,6 @@ def write_model(folder: Any, **changes: Any) -> None:
     """Write a random tiny Llama with its tokenizer into ``folder``, as Hugging Face lays it out."""
     import json
 
-    import numpy as np
     from safetensors.numpy import save_file
 
     from luthier.model import param

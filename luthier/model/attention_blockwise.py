@@ -49,7 +49,7 @@ def blockwise(
         q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
         segments_BT = None if segments_BT is None else jnp.pad(segments_BT, ((0, 0), (0, pad)))
     q_BKRH = q_BTNH.reshape(B, -1, K, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
-    o_BKRH = _attend(plan, q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments_BT)
+    o_BKRH = _differentiable_attend(plan, q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments_BT)
     o_BTNH = o_BKRH.reshape(B, K, -1, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, -1, N, H)
     return o_BTNH[:, :T]
 
@@ -102,7 +102,6 @@ def _block(heads: int, length: int) -> int:
     return length if blocks == 1 else -(-length // (blocks * 16)) * 16
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: Any) -> jax.Array:
     return _outputs(plan, q_BKRH, k_BKSH, v_BKSH, segments_BT)[0]
 
@@ -176,7 +175,8 @@ def _key_block(
     return dq_BKHr + _matmul(k_BKHb, ds), (_matmul(ds, q).astype(k.dtype), _matmul(p, do).astype(v.dtype))
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_differentiable_attend = jax.custom_vjp(_attend, nondiff_argnums=(0,))
+_differentiable_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _over_blocks(plan: _Plan, first: int, end: int, carry: Any, step: Callable[..., Any]) -> tuple[Any, Any]:

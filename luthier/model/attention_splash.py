@@ -5,6 +5,8 @@ Left out on purpose: our own kernel. Splash skips the blocks that causality and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -32,7 +34,7 @@ def splash(
     if segments_BT is not None:
         ids_BT = jnp.pad(segments_BT, ((0, 0), (0, length - T)))
         segments = kernels.SegmentIds(q=ids_BT, kv=ids_BT)
-    o_BNTH = jax.vmap(_kernel(N, length, window, interpret))(*heads, segments)
+    o_BNTH: Any = jax.vmap(_kernel(N, length, window, interpret))(*heads, segments)
     return o_BNTH.swapaxes(1, 2)[:, :T, :, :H]
 
 

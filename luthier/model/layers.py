@@ -34,12 +34,15 @@ def remat(policy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return functools.partial(jax.checkpoint, policy=saved, prevent_cse=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Return ``x`` over its root mean square on the last axis, times ``scale_D``, in the type of ``x``.
 
     Formula: Zhang and Sennrich, arXiv 1910.07467.
     """
+    return _differentiable_rms_norm(x, scale_D, eps)
+
+
+def _rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     return (x32 * _inverse_rms(x32, eps) * scale_D.astype(jnp.float32)).astype(x.dtype)
 
@@ -49,7 +52,7 @@ def _inverse_rms(x32: jax.Array, eps: float) -> jax.Array:
 
 
 def _rms_norm_forward(x: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, Any]:
-    return rms_norm(x, scale_D, eps), (x, scale_D)
+    return _rms_norm(x, scale_D, eps), (x, scale_D)
 
 
 def _rms_norm_backward(eps: float, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +66,8 @@ def _rms_norm_backward(eps: float, saved: Any, dy: jax.Array) -> tuple[jax.Array
     return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype)
 
 
-rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+_differentiable_rms_norm = jax.custom_vjp(_rms_norm, nondiff_argnums=(2,))
+_differentiable_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 @jax.custom_vjp

@@ -49,12 +49,13 @@ def schedule(keys: TrainKeys, steps: int) -> Callable[[int], float]:
     warmup = int(keys.warmup_steps_fraction * steps)
     rest = max(steps - warmup, 1)
     stable = rest - int(keys.wsd_decay_steps_fraction * rest)
-    after: Callable[[int], Any] = {
+    kinds: dict[str, Callable[[], Callable[[int], Any]]] = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, final, rest),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, keys.learning_rate_final_fraction),
         "wsd": lambda: optax.linear_schedule(peak, final, max(rest - stable, 1), stable),
-    }[keys.lr_schedule_type]()
+    }
+    after = kinds[keys.lr_schedule_type]()
 
     def rate(step: int) -> float:
         return peak * (step + 1) / warmup if step < warmup else float(after(step - warmup))

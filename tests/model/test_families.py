@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import make_batch
 from luthier import mesh
 from luthier.checkpoint import huggingface
 from luthier.checkpoint.source import resolve
@@ -17,7 +16,7 @@ from luthier.model import families, param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.types import Batch
-from tiny import CONFIGS, TINY, params_from_torch, torch_twin
+from tiny import CONFIGS, TINY, make_batch, params_from_torch, torch_twin
 
 TOLERANCE = 1e-4
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from compare import TOLERANCE, assert_close
 
-from conftest import make_batch
 from luthier.model import layers, param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
-from tiny import TINY
+from tiny import TINY, make_batch
 
 
 def plain_norm(x, scale_D):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from conftest import ROOT
+from tiny import ROOT
 
 pytestmark = pytest.mark.multiprocess
 

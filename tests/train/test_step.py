@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import make_batch
 from luthier import mesh as mesh_lib
 from luthier.algorithms.sft import sft
 from luthier.config import SftConfig
@@ -14,7 +13,7 @@ from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.train import optimizer, step
 from luthier.types import Batch
-from tiny import TINY
+from tiny import TINY, make_batch
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 MODEL = Model.from_hf(TINY, "tiny")

@@ -32,12 +32,11 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import ROOT
 from luthier.config import SftConfig, resolve
 from luthier.data import source
 from luthier.model import param
 from luthier.model.model import Model
-from tiny import TINY
+from tiny import ROOT, TINY
 
 pytestmark = pytest.mark.slow
 
