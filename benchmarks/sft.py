@@ -36,6 +36,7 @@ WARM_UP = 2
 
 def main() -> None:
     options = read_options()
+    sys.stdout.reconfigure(line_buffering=True)  # rows appear as they are measured, in a file too
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         smollm2.write_model(folder / "model")

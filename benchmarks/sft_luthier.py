@@ -39,9 +39,13 @@ def device_peak() -> int | None:
 def in_turns(turns: Turns, programs: Programs) -> Programs:
     """Return the programs with a train step that waits for its turn."""
 
+    checked = False
+
     def advance(state: Any, batch: Any, rate: Any) -> Any:
-        if not np.asarray(batch.segments_BT).all():
+        nonlocal checked
+        if not checked and not np.asarray(batch.segments_BT).all():
             raise ValueError("a batch with padding: the rows were to fill it")
+        checked = True
         turns.before_step(lambda: jax.block_until_ready(state))
         return programs.train.result()(state, batch, rate)
 

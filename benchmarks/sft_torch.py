@@ -36,7 +36,7 @@ def rows(plan: dict[str, Any], device: str) -> torch.Tensor:
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(plan["model"])
     texts = [json.loads(line)["text"] for line in Path(plan["rows"]).read_text().splitlines()]
-    ids = [row + [tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
+    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
     return torch.tensor(ids, device=device)
 
 

@@ -27,6 +27,7 @@ class InTurns(TrainerCallback):
         self._turns = turns
 
     def on_step_begin(self, *_: object, **__: object) -> None:
+        """Take the turn."""
         self._turns.before_step(settle)
 
 

