@@ -46,7 +46,7 @@ class RunKeys(Keys):
 
     run_name: str = key("sft", "Name of the run: its folder under `base_output_directory`.", min_length=1)
     base_output_directory: str = key("runs", "Folder that holds runs.", min_length=1)
-    seed: int = key(0, "Seed of everything random: initialisation, shuffling, the held-out split.")
+    seed: int = key(0, "Seed of everything random: initialisation, shuffling, the held-out split.", ge=0)
     log_period: PositiveInt = key(1, "Steps between rows of `metrics.jsonl` and TensorBoard.")
     profiler: Literal["", "xplane"] = key("", "`xplane` writes a trace for TensorBoard's profile plug-in.")
     skip_first_n_steps_for_profiler: int = key(2, "Steps before the trace starts.", ge=0)
@@ -127,7 +127,7 @@ class TrainKeys(Keys):
     )
     per_device_batch_size: PositiveInt = key(4, "Rows of a micro-batch on each device of the `data` and `fsdp` axes.")
     gradient_accumulation_steps: PositiveInt = key(1, "Micro-batches in a step.")
-    learning_rate: float = key(2e-5, "Peak learning rate.", ge=0)
+    learning_rate: float = key(2e-5, "Peak learning rate.", gt=0)
     lr_schedule_type: Literal["constant", "linear", "cosine", "wsd"] = key(
         "cosine", "Schedule after the warm-up.", "learning_rate_schedule"
     )
@@ -139,7 +139,9 @@ class TrainKeys(Keys):
     adam_b2: Fraction = key(0.999, "Decay of the second moment.")
     adam_eps: float = key(1e-8, "Added to the root of the second moment.", gt=0)
     adam_weight_decay: float = key(0.0, "Weight decay, on matrices alone: not on norms and biases.", ge=0)
-    mu_dtype: Literal["float32", "bfloat16"] = key("float32", "Type of the optimizer's moments.", "moments_dtype")
+    mu_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "Type of the optimizer's moments (but for Adafactor's factors).", "moments_dtype"
+    )
     gradient_clipping_threshold: float = key(1.0, "Greatest global norm of the gradient; 0: no clipping.", ge=0)
     eval_interval: int = key(-1, "Steps between evaluations on the held-out rows; -1: at the start and the end.", ge=-1)
     eval_steps: int = key(-1, "Batches in an evaluation; -1: all.", ge=-1)

@@ -1,8 +1,9 @@
 """Packed rows -> batches, by Grain: shuffled by the seed, anew each epoch, sharded by host, read ahead.
 
-The order is a pure function of the seed and the batch's number, so the state of an iterator is that one number: it can
-be taken up with other settings for reading ahead. The last batch is filled up with empty rows rather than dropped, so
-that few rows still train.
+The order of rows is a pure function of the seed, so the state of an iterator is the number of rows taken: it can be
+taken up with other settings for reading ahead and for more epochs. What would make other batches of them (other rows,
+another seed, more rows in a batch) is part of the state too, and refused. The last batch is filled up with empty rows
+rather than dropped, so that few rows still train.
 
 Left out on purpose: dropping an incomplete batch, and mixing several datasets.
 """
@@ -11,19 +12,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy as np
 
 from luthier.data.packing import collate
+from luthier.data.rows import digest
 from luthier.data.store import Tokens
+from luthier.errors import UserError
 from luthier.types import Batch, Example
 
 FILLER = -1
 """The row number of an empty row."""
-WORTH_PROCESSES = 200_000_000
+TOKENS_WORTH_PROCESSES = 200_000_000
 """Tokens from which reading ahead in processes pays: fewer stay in the page cache, where threads are as quick."""
 
 
@@ -50,6 +54,12 @@ class Packed:
     def __len__(self) -> int:
         return len(self.starts_R1) - 1
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the rows: of tokens, masks and their places, not of what they were made by."""
+        places = (self.members_C, self.lengths_C, self.starts_R1)
+        return digest(self.tokens.fingerprint, *(part.astype("<i8").tobytes() for part in places), str(self.row_length))
+
     def examples(self, row: int) -> list[Example]:
         """Return the conversations in a row; none for the filler."""
         if row == FILLER:
@@ -58,35 +68,71 @@ class Packed:
         return [self.tokens.example(int(self.members_C[i]), int(self.lengths_C[i])) for i in span]
 
 
-class Batches(Iterator[Rowed]):
-    """An iterator over batches whose state is the number of batches taken. ``len`` is the number in all."""
+class State(TypedDict):
+    """Where an iterator is: ``rows`` taken by all processes together, of which ``batch_size`` are in a batch."""
 
-    def __init__(self, dataset: Any, worker_count: int):
-        self._dataset, self._worker_count = dataset, worker_count
-        self._taken = 0
+    rows: int
+    batch_size: int
+    fingerprint: str
+
+
+class Batches(Iterator[Rowed]):
+    """An iterator over batches that can be resumed after any of them. ``len`` is the number of those to come.
+
+    ``dataset_from`` gives Grain's dataset of this process's batches from a row on; ``total`` rows are taken by all
+    processes, ``batch_size`` at once; ``fingerprint`` stands for the rows and their order.
+    """
+
+    def __init__(
+        self,
+        dataset_from: Callable[[int], Any],
+        total: int,
+        batch_size: int,
+        fingerprint: Callable[[], str],
+        worker_count: int,
+    ):
+        self._dataset_from, self._total, self._batch_size = dataset_from, total, batch_size
+        self._fingerprint, self._worker_count = fingerprint, worker_count
+        self._rows = 0
         self._inner: Any = None
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return max(0, math.ceil((self._total - self._rows) / self._batch_size))
 
     def __next__(self) -> Rowed:
-        if self._taken >= len(self._dataset):
+        if not len(self):
             self.close()
             raise StopIteration
         if self._inner is None:
-            self._inner = _read_ahead(self._dataset[self._taken :], self._worker_count)
+            self._inner = _read_ahead(self._dataset_from(self._rows), self._worker_count)
         batch = next(self._inner)
-        self._taken += 1
+        # Empty rows do not count: with more epochs, what comes next is the row in their place.
+        self._rows = min(self._rows + self._batch_size, self._total)
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        """Return the state after the batches taken so far; JSON can hold it."""
-        return {"batches": self._taken}
+    def get_state(self) -> State:
+        """Return the state after the batches taken so far; JSON can hold it, and it is alike on all processes."""
+        return {"rows": self._rows, "batch_size": self._batch_size, "fingerprint": self._fingerprint()}
 
-    def set_state(self, state: dict[str, int]) -> None:
-        """Go on after the batches that ``state`` counts."""
+    def set_state(self, state: State) -> None:
+        """Go on with the first row that is not counted in ``state``.
+
+        Raises UserError where the batches to come would not continue those taken.
+        """
+        if state["batch_size"] != self._batch_size:
+            raise UserError(
+                f"the run was begun with {state['batch_size']} rows in a step over all devices, and would go on with "
+                f"{self._batch_size}. Give it the same number of devices, per_device_batch_size and "
+                "gradient_accumulation_steps, or another run_name."
+            )
+        if state["fingerprint"] != self._fingerprint():
+            raise UserError(
+                "the rows to train on are not those that the run was begun with: the dataset, tokenizer, chat "
+                "template, max_target_length, packing, shuffling or seed has changed. Restore it, or give another "
+                "run_name."
+            )
         self.close()
-        self._taken = state["batches"]
+        self._rows = state["rows"]
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -101,32 +147,37 @@ def batches(
     batch_size: int,
     seed: int,
     shuffle: bool,
-    num_epochs: float | None = 1.0,
+    num_epochs: float = 1.0,
     process_index: int = 0,
     process_count: int = 1,
     worker_count: int = 0,
 ) -> Batches:
-    """Return an iterator over batches of ``batch_size`` rows for this process; ``None`` epochs never end.
+    """Return an iterator over batches of ``batch_size`` rows for this process.
 
     All processes together go through the rows ``num_epochs`` times, each row once an epoch and on one process, and
     all get equally many batches. ``worker_count`` processes read ahead where the dataset is too large for threads.
     """
     import grain
 
-    dataset = grain.MapDataset.range(len(packed))
+    order = grain.MapDataset.range(len(packed))
     if shuffle:
-        dataset = dataset.shuffle(seed=seed % 2**32)
-    if num_epochs is None:
-        dataset = dataset.repeat()
-    else:
-        total = math.ceil(len(packed) * num_epochs)
-        dataset = dataset.repeat(math.ceil(num_epochs))[:total]
-        missing = -total % (batch_size * process_count)
+        order = order.shuffle(seed=seed % 2**32)
+    order = order.repeat(math.ceil(num_epochs))
+    total = math.ceil(len(packed) * num_epochs)
+    together = batch_size * process_count
+
+    def dataset_from(row: int) -> Any:
+        rest = order[row:total]
+        missing = (row - total) % together
         if missing:
-            dataset = grain.MapDataset.concatenate([dataset, grain.MapDataset.source([FILLER] * missing)])
-    dataset = dataset[process_index::process_count].batch(batch_size).map(functools.partial(_build, packed))
-    large = len(packed) * packed.row_length >= WORTH_PROCESSES
-    return Batches(dataset, worker_count if large else 0)
+            rest = grain.MapDataset.concatenate([rest, grain.MapDataset.source([FILLER] * missing)])
+        return rest[process_index::process_count].batch(batch_size).map(functools.partial(_build, packed))
+
+    def fingerprint() -> str:
+        return digest(packed.fingerprint, f"shuffled by {seed}" if shuffle else "in order")
+
+    large = len(packed) * packed.row_length >= TOKENS_WORTH_PROCESSES
+    return Batches(dataset_from, total, together, fingerprint, worker_count if large else 0)
 
 
 def _build(packed: Packed, rows_B: np.ndarray) -> Rowed:

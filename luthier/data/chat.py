@@ -19,9 +19,12 @@ from typing import Any
 import numpy as np
 
 from luthier.data.schemas import RowError
-from luthier.data.spans import Span, TemplateRefused, render, trained_spans
+from luthier.data.spans import Span, TemplateRefused, render, trained_spans, trains_header
 from luthier.errors import UserError
 from luthier.types import Conversation, Example
+
+_NO_REPLY = ("role", "content", "name", "weight", "train")
+"""Fields of a message that say nothing to the model."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,20 @@ def trains_end(example: Example, end_ids: np.ndarray) -> bool:
     return bool(np.isin(example.ids_T[trained_T[-2:]], end_ids).any())
 
 
-def template_gaps(tokenizer: Any, conversation: Conversation, how: Rendering) -> tuple[str, ...]:
-    """Return what the template does not show of this conversation's tools, as sentences for a warning."""
+def is_silent(conversation: Conversation) -> bool:
+    """Return whether a trained reply, or a plain text, is empty: nothing but its end would be trained."""
+    if conversation.text is not None:
+        return not conversation.text.strip()
+    replies = (m for m in conversation.messages[conversation.prompt_messages :] if m["role"] == "assistant")
+    # Replies may be in other fields than their content: tool calls, or thoughts under the template's own names.
+    return any(
+        not message["content"].strip() and not any(value for key, value in message.items() if key not in _NO_REPLY)
+        for message in replies
+    )
+
+
+def template_gaps(tokenizer: Any, conversation: Conversation, how: Rendering, rendered: Rendered) -> tuple[str, ...]:
+    """Return what is amiss with the template on this conversation, as sentences for a warning."""
     if not how.use_chat_template or not conversation.messages:
         return ()
     template = _template_for(tokenizer, conversation, how)
@@ -146,6 +161,10 @@ def template_gaps(tokenizer: Any, conversation: Conversation, how: Rendering) ->
         gaps.append("the chat template does not print the `tools` column, so the model will not see it")
     if "tool_calls" not in template and any(message.get("tool_calls") for message in conversation.messages):
         gaps.append("the chat template does not know tool calls, so they are written as plain JSON")
+    if how.completion_only and trains_header(tokenizer, template, conversation, rendered.text, rendered.spans):
+        gaps.append(
+            "the chat template ignores add_generation_prompt, so what it writes before a reply is trained with it"
+        )
     return tuple(gaps)
 
 
@@ -226,7 +245,10 @@ def _template_file(name: str) -> str:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"chat_template_path={name}: no such file. Give a .jinja file, or JSON with `chat_template`.")
-    source = path.read_text(encoding="utf-8")
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template_path={name}: cannot be read: {error}. Save it as text in UTF-8.") from None
     if path.suffix != ".json":
         return source
     try:

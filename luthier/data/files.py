@@ -32,6 +32,8 @@ _SPLIT_WORDS = {
     "val": "validation",
     "dev": "validation",
 }
+_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""Files about a dataset that ``datasets`` and the hub put beside its rows."""
 _PART = re.compile(r"(?P<name>[\w.-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
@@ -39,7 +41,7 @@ def open_splits(path: str, subset: str | None = None, token: str | None = None, 
     """Return the splits of the dataset at ``path``. Raises UserError where there is none, naming ``key``.
 
     Single files and globs make one split, ``train``; a folder's files are told apart by words such as ``train`` and
-    ``test`` in their names.
+    ``test`` in their names, and where there are Parquet files among them, others are taken to be about the dataset.
     """
     local = Path(path).expanduser()
     if glob.has_magic(path) and not local.exists():
@@ -81,10 +83,12 @@ def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def _folder(folder: Path, path: str, key: str) -> Splits:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return hub.saved_splits(folder, key)
     files = [file for file in sorted(folder.rglob("*")) if file.suffix in SUFFIXES and file.is_file()]
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    files = [file for file in files if file.name not in _METADATA]
+    files = [file for file in files if file.suffix == ".parquet"] or files
+    if not files and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+        return hub.saved_splits(folder, key)
     named: dict[str, list[Path]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", str(file.relative_to(folder).with_suffix("")).lower())
@@ -116,6 +120,9 @@ def _slice(splits: Splits, part: str, source: str, key: str) -> Rows:
     rows = splits[name]()
     if part == name:
         return rows
+    for side in ("start", "stop"):
+        if (match[side] or "").endswith("%") and abs(int(match[side][:-1])) > 100:
+            raise UserError(f"{key}={part}: {match[side]} of the rows. Give a share from 0% to 100%.")
     start, stop = (_bound(match[side], len(rows)) for side in ("start", "stop"))
     return Selected(rows, np.arange(len(rows))[start:stop])
 

@@ -8,6 +8,7 @@ Left out on purpose: functions over batches of rows, and functions that drop or 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -18,18 +19,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from luthier.data.rows import Rows, digest
+from luthier.data.rows import SAMPLE, Rows, digest
 from luthier.errors import UserError, did_you_mean
 
 _REMEDY = "Give `package.module.function`, importable from this folder, or `path/to/file.py:function`."
 
 
 class Formatted:
-    """Rows of another source, each rewritten by the function at ``path``. ``added`` are the columns it made."""
+    """Rows of another source, each rewritten by the function at ``path``. Raises UserError if there is none."""
 
     def __init__(self, rows: Rows, path: str, kwargs: Mapping[str, Any]):
         self.source = rows.source
         self._rows, self._path, self._kwargs = rows, path, dict(kwargs)
+        self._function = load_function(path)
 
     @cached_property
     def _function(self) -> Callable[..., Any]:
@@ -37,13 +39,26 @@ class Formatted:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the first row as rewritten."""
-        return tuple(self[0]) if len(self) else ()
+        """The columns of the first rows as rewritten."""
+        return tuple(dict.fromkeys(column for _, made in self._sample for column in made))
 
     @property
     def added(self) -> tuple[str, ...]:
         """The columns that the rows did not have before."""
         return tuple(column for column in self.columns if column not in self._rows.columns)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The columns that the function added to one of the first rows, or gave another value there."""
+        return tuple(
+            column
+            for column in self.columns
+            if any(column in made and (column not in row or row[column] != made[column]) for row, made in self._sample)
+        )
+
+    @cached_property
+    def _sample(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        return [(self._rows[index], self[index]) for index in range(min(len(self), SAMPLE))]
 
     @property
     def fingerprint(self) -> str:
@@ -54,15 +69,16 @@ class Formatted:
         return digest(self._rows.fingerprint, self._path, code, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_function"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_function", "_sample")}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
+        row, function = self._rows[index], self._function
         try:
-            made = self._function(dict(row), **self._kwargs)
+            # A copy to its depth: rows held in memory would stay changed where the function changes them in place.
+            made = function(copy.deepcopy(row), **self._kwargs)
         except Exception as error:
             # The function is the user's: whatever it raises is about this row or about the function.
             kind = type(error).__name__

@@ -22,8 +22,10 @@ import numpy as np
 from luthier.errors import UserError
 
 Row = dict[str, Any]
-_SAMPLE = 100
+SAMPLE = 100
 """Rows looked at for the columns of a format that does not list them."""
+_MAX_FIELD = 2**31 - 1
+"""Characters of a CSV field: the most that ``csv`` takes on every system. Its own limit is 131,072."""
 
 
 class Rows(Protocol):
@@ -68,7 +70,7 @@ class JsonLines:
     @property
     def columns(self) -> tuple[str, ...]:
         """The keys of the first rows."""
-        return _keys([self[index] for index in range(min(len(self), _SAMPLE))])
+        return _keys([self[index] for index in range(min(len(self), SAMPLE))])
 
     @property
     def fingerprint(self) -> str:
@@ -89,10 +91,9 @@ class JsonLines:
         self._file.seek(int(self._starts_C[index]))
         try:
             row = json.loads(self._file.readline().decode("utf-8-sig"))
-        except ValueError as error:
-            raise UserError(
-                f"{self.place(index)}: not valid JSON: {error}. Give one JSON object a line, in UTF-8."
-            ) from None
+        except (ValueError, RecursionError) as error:
+            forms = "one JSON object a line" if self.path.suffix != ".json" else "a list of rows, or one row a line"
+            raise UserError(f"{self.place(index)}: not valid JSON: {error}. Give {forms}, in UTF-8.") from None
         return _object(row, self.place(index))
 
     def place(self, index: int) -> str:
@@ -111,7 +112,7 @@ class Records:
     @property
     def columns(self) -> tuple[str, ...]:
         """The keys of the first rows."""
-        return _keys([self[index] for index in range(min(len(self), _SAMPLE))])
+        return _keys([self[index] for index in range(min(len(self), SAMPLE))])
 
     @property
     def fingerprint(self) -> str:
@@ -243,12 +244,13 @@ def read_file(path: Path) -> Rows:
     return _json_array(path) if path.suffix == ".json" and _first_character(path) == b"[" else JsonLines(path)
 
 
-def digest(*parts: str | bytes) -> str:
+def digest(*parts: str | bytes | memoryview) -> str:
     """Return a hash of the parts that does not run them together."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
-        total.update(len(data).to_bytes(8, "little") + data)
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
     return total.hexdigest()
 
 
@@ -261,21 +263,26 @@ def hash_file(path: Path) -> str:
 def _json_array(path: Path) -> Records:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}.") from None
     return Records(path, rows, range(1, len(rows) + 1), "row")
 
 
 def _csv(path: Path) -> Records:
     rows, lines = [], []
+    csv.field_size_limit(_MAX_FIELD)
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
+            names = reader.fieldnames or ()
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise UserError(f"{path}, line 1: more than one column `{twice[0]}`. Rename or remove one.")
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(
                         f"{path}, line {reader.line_num}: more or fewer fields than the header's "
-                        f"{len(reader.fieldnames or ())}. Quote fields that hold commas or line breaks."
+                        f"{len(names)}. Quote fields that hold commas or line breaks."
                     )
                 rows.append(row)
                 lines.append(reader.line_num)

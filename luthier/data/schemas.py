@@ -55,10 +55,21 @@ class Schema:
 
 @dataclass(frozen=True)
 class Selection:
-    """A schema and, for each of its columns that the dataset has, the dataset's own name for it."""
+    """A schema and, for each of its columns, the dataset's own name for it; optional ones may be missing in rows."""
 
     schema: str
     columns: tuple[tuple[str, str], ...]
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The dataset's columns that every row must have."""
+        columns = dict(self.columns)
+        return tuple(columns[name] for name in SCHEMAS[self.schema].required)
+
+    def described(self, known: Sequence[str]) -> str:
+        """Return the columns that are read, of which optional ones are told if they are ``known`` to be there."""
+        told = [(name, column) for name, column in self.columns if column in self.required or column in known]
+        return ", ".join(column if name == column else f"{column} as {name}" for name, column in told)
 
     def read(self, row: Mapping[str, Any]) -> Conversation:
         """Return the conversation in ``row``. Raises RowError naming the dataset's column."""
@@ -70,6 +81,8 @@ class Selection:
             return schema.read({name: row.get(column) for name, column in columns.items()})
         except RowError as error:
             raise RowError(columns.get(error.column, error.column), error.problem) from None
+        except RecursionError:
+            raise RowError("", "lists or mappings are nested too deeply in it. Fix or remove the row.") from None
 
 
 def read_messages(row: Mapping[str, Any]) -> Conversation:
@@ -118,11 +131,18 @@ SCHEMAS: dict[str, Schema] = {
 """The schemas, in the order in which a dataset's columns are tried."""
 
 
-def recognise(columns: Sequence[str]) -> Selection | None:
-    """Return the first schema whose required columns are all among ``columns``, or None."""
+def recognise(columns: Sequence[str] | Mapping[str, str]) -> Selection | None:
+    """Return the first schema whose required columns are all among ``columns``, or None.
+
+    ``columns`` are the dataset's, or a mapping from a schema's onto them. Optional columns are read from whatever row
+    has them: the columns of a JSON Lines file are known from its first rows alone.
+    """
+    mapping = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
     for name, schema in SCHEMAS.items():
-        if all(column in columns for column in schema.required):
-            return _selection(name, {}, columns)
+        if all(column in mapping for column in schema.required):
+            free = [column for column in schema.optional if column in mapping or column not in mapping.values()]
+            pairs = [(column, mapping.get(column, column)) for column in (*schema.required, *free)]
+            return Selection(name, tuple(pairs))
     return None
 
 
@@ -141,24 +161,17 @@ def select(wanted: Sequence[str] | Mapping[str, str] | None, columns: Sequence[s
                 'train_data_columns to a mapping such as {"prompt": "...", "completion": "..."} onto its columns.'
             )
         return found
-    mapping = dict(wanted) if isinstance(wanted, Mapping) else {name: name for name in wanted}
-    for name in mapping.values():
+    for name in wanted.values() if isinstance(wanted, Mapping) else wanted:
         if name not in columns:
             hint = did_you_mean(name, list(columns))
             raise UserError(f"train_data_columns: no column `{name}` in {source}, which has {_listed(columns)}.{hint}")
-    for name, schema in SCHEMAS.items():
-        if all(column in mapping for column in schema.required):
-            return _selection(name, mapping, columns)
-    raise UserError(_no_schema(mapping))
+    found = recognise(wanted)
+    if found is None:
+        raise UserError(_no_schema(wanted))
+    return found
 
 
-def _selection(name: str, mapping: Mapping[str, str], columns: Sequence[str]) -> Selection:
-    schema = SCHEMAS[name]
-    pairs = [(column, mapping.get(column, column)) for column in schema.required + schema.optional]
-    return Selection(name, tuple(pair for pair in pairs if pair[1] in columns))
-
-
-def _no_schema(mapping: Mapping[str, str]) -> str:
+def _no_schema(mapping: Sequence[str] | Mapping[str, str]) -> str:
     known = {column for schema in SCHEMAS.values() for column in schema.required + schema.optional}
     hints = [did_you_mean(name, sorted(known)) for name in mapping if name not in known]
     example = '{"prompt": "input", "completion": "output"}'
@@ -283,7 +296,7 @@ def _json(text: str) -> Any:
     """Return the value of JSON text, or None where it is none (or is null)."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

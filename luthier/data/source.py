@@ -5,7 +5,6 @@ Left out on purpose: streaming. Everything is tokenised first, so that the numbe
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,14 @@ from luthier.types import Example
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a split's rows. ``efficiency`` is the share of the packed rows' positions that hold tokens."""
+    """What became of a split's rows, and which columns of them were read.
+
+    ``schema`` is a key of ``schemas.SCHEMAS``. ``efficiency`` is the share of the packed rows' positions with tokens.
+    """
 
     source: str
+    schema: str
+    columns: str
     rows: int
     conversations: int
     dropped: int
@@ -33,12 +37,11 @@ class Report:
     trained_tokens: int
     packed_rows: int
     efficiency: float
-    seconds: float
     warnings: tuple[str, ...]
 
     def summary(self) -> str:
         """Return one line for a run's header."""
-        counts = [f"{self.rows:,} rows"]
+        counts = [f"{self.rows:,} rows ({self.columns})"]
         counts += [f"{n:,} {name}" for name in ("dropped", "truncated", "untrained") if (n := getattr(self, name))]
         share = self.trained_tokens / self.tokens
         return (
@@ -88,7 +91,8 @@ def load(keys: Any, tokenizer: Any, on_progress: store.Progress | None = None) -
     """Return the training rows and the held-out rows, if any are asked for.
 
     ``keys`` is the configuration (its data group, ``seed`` and ``hf_access_token``). ``on_progress`` is called with
-    the rows tokenised and their number. Raises UserError for all that can be wrong with the dataset.
+    the rows tokenised and their number, split by split; not for a split that was tokenised before. Raises UserError
+    for all that can be wrong with the dataset, RunError where tokens cannot be written.
     """
     how = chat.rendering(keys, tokenizer)
     train, held_out = open_rows(keys)
@@ -113,12 +117,16 @@ def open_rows(keys: Any) -> tuple[Rows, Rows | None]:
 
 
 def selection(keys: Any, rows: Rows) -> schemas.Selection:
-    """Return which columns to read: those that a formatter added, if they make a schema, else those of the key."""
-    added = schemas.recognise(getattr(rows, "added", ()))
-    if added is not None:
-        required = schemas.SCHEMAS[added.schema].required
-        return schemas.select(required, rows.columns, rows.source)
-    return schemas.select(keys.train_data_columns, rows.columns, rows.source)
+    """Return which columns to read: those of the key, but those that a formatter added if they make a schema.
+
+    The key stays in force where it names columns that the formatter added or rewrote itself.
+    """
+    wanted = keys.train_data_columns
+    if isinstance(rows, Formatted):
+        added, asked = schemas.recognise(rows.added), schemas.recognise(wanted or ())
+        if added is not None and (asked is None or not set(asked.required) & set(rows.changed)):
+            return added
+    return schemas.select(wanted, rows.columns, rows.source)
 
 
 def _formatted(keys: Any, rows: Rows) -> Rows:
@@ -135,7 +143,6 @@ def _token_rows(
     on_progress: store.Progress | None,
 ) -> TokenRows:
     """Tokenise and pack ``rows``, in their order or, with a seed, in a random one."""
-    began = time.perf_counter()
     job = store.Job(rows, selection(keys, rows), tokenizer, how)
     tokens = store.tokens(job, keys.grain_worker_count, on_progress)
     limit = keys.max_target_length
@@ -147,6 +154,11 @@ def _token_rows(
     dropped_C = over_C if drop else np.zeros_like(over_C)
     untrained_C = (trained_C == 0) & ~dropped_C
     kept = np.flatnonzero(trained_C > 0)
+    if tokens.silent_C.all():
+        raise UserError(
+            f"{rows.source}: a reply is empty in each of its {len(tokens)} rows (first: {rows.place(0)}). Are the "
+            f"columns read ({job.selection.described(rows.columns)}) the right ones? Set train_data_columns."
+        )
     if not len(kept):
         raise UserError(_nothing_to_train(rows, tokens, untrained_C, limit))
     if seed is not None:
@@ -155,6 +167,8 @@ def _token_rows(
     used = int(packed.lengths_C.sum())
     report = Report(
         source=rows.source,
+        schema=job.selection.schema,
+        columns=job.selection.described(rows.columns),
         rows=len(tokens),
         conversations=len(kept),
         dropped=int(dropped_C.sum()),
@@ -164,7 +178,6 @@ def _token_rows(
         trained_tokens=int(trained_C.sum()),
         packed_rows=len(packed),
         efficiency=used / (len(packed) * limit),
-        seconds=time.perf_counter() - began,
         warnings=_warnings(rows, tokens, untrained_C, limit),
     )
     return TokenRows(packed, rows, report)
@@ -201,6 +214,7 @@ def _warnings(rows: Rows, tokens: store.Tokens, untrained_C: np.ndarray, limit: 
     for chosen_C, text in (
         (cut_C, f"the prompt alone fills max_target_length={limit}, so nothing of it is trained"),
         (untrained_C & ~cut_C, "no trained token, so the row is left out"),
+        (tokens.silent_C, "an empty reply, from which the model learns to say nothing"),
     ):
         if chosen_C.any():
             indices = np.flatnonzero(chosen_C)

@@ -80,6 +80,25 @@ def trained_spans(tokenizer: Any, template: str, conversation: Conversation, tex
     return tuple((start, _without_newline(text, start, end, specials)) for start, end in spans)
 
 
+def trains_header(tokenizer: Any, template: str, conversation: Conversation, text: str, spans: Sequence[Span]) -> bool:
+    """Return whether a reply's span begins with more than the reply, as the template has no generation prompt.
+
+    A template may do without one where replies follow at once on what is before them (Mistral's ``[/INST]``).
+    """
+    if _MARK.search(template):
+        return False
+    messages, context = conversation.messages, conversation.prompt_messages
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= context]
+    for index, (start, end) in zip(replies, spans, strict=True):
+        if text[start:end].lstrip().startswith(messages[index]["content"].strip()):
+            continue
+        before = messages[: max(index, 1)]
+        plain = render(tokenizer, template, before, conversation.tools)
+        if plain == render(tokenizer, template, before, conversation.tools, prompt=True):
+            return True
+    return False
+
+
 def _marked(tokenizer: Any, template: str, conversation: Conversation, text: str) -> tuple[Span, ...]:
     """Return the marked spans, by rendering once more with each mark turned into a macro that brackets what it holds.
 

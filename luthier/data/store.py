@@ -9,10 +9,12 @@ Left out on purpose: clearing the cache; the folder may be deleted at any time b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,15 +28,19 @@ import numpy as np
 from luthier.data import chat
 from luthier.data.rows import Rows, digest
 from luthier.data.schemas import RowError, Selection
-from luthier.errors import UserError
+from luthier.errors import RunError, UserError
 from luthier.types import Example
 
 CHUNK = 256
 """Rows that are tokenised together."""
-WORTH_PROCESSES = 20_000
+ROWS_WORTH_PROCESSES = 20_000
 """Rows from which starting processes pays: they take seconds to start, a thousand rows take about one."""
 
+PROGRESS_SECONDS = 0.25
+"""Least time between two calls of ``Progress``."""
+
 Progress = Callable[[int, int], None]
+"""Told the rows that are tokenised, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Chunk:
     mask_T: np.ndarray
     lengths_C: np.ndarray
     trained_C: np.ndarray
+    silent_C: np.ndarray
     warnings: Counter[str]
 
 
@@ -99,6 +106,11 @@ class Tokens:
         return np.load(self.folder / "trained.npy")
 
     @cached_property
+    def silent_C(self) -> np.ndarray:
+        """Whether a reply of each conversation is empty."""
+        return np.load(self.folder / "silent.npy")
+
+    @cached_property
     def starts_C(self) -> np.ndarray:
         """Where each conversation begins."""
         return np.cumsum(self.lengths_C) - self.lengths_C
@@ -106,7 +118,16 @@ class Tokens:
     @cached_property
     def warnings(self) -> dict[str, int]:
         """Sentences for the user, and how many rows each is about."""
-        return json.loads((self.folder / "warnings.json").read_text())
+        return self._about["warnings"]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the tokens and masks themselves, alike whatever they were made by."""
+        return self._about["fingerprint"]
+
+    @cached_property
+    def _about(self) -> dict[str, Any]:
+        return json.loads((self.folder / "about.json").read_text())
 
     def __len__(self) -> int:
         return len(self.lengths_C)
@@ -120,7 +141,8 @@ class Tokens:
 def tokens(job: Job, workers: int, on_progress: Progress | None = None) -> Tokens:
     """Return the job's rows as tokens, from the cache or, in ``workers`` processes where that pays, made now.
 
-    Raises UserError naming the row that cannot be read or rendered.
+    ``on_progress`` is called in this process while they are made, a few times a second and at the end. Raises
+    UserError naming the row that cannot be read or rendered, and RunError where the cache cannot be written.
     """
     folder = cache_folder() / job.fingerprint()
     if not folder.is_dir():
@@ -137,13 +159,14 @@ def cache_folder() -> Path:
 def tokenise_range(job: Job, start: int, stop: int) -> Chunk:
     """Return rows ``start`` to ``stop`` of the job as tokens. Raises UserError naming the bad row."""
     warnings: Counter[str] = Counter()
-    rendered = []
+    rendered, silent = [], []
     for index in range(start, stop):
         row = job.rows[index]
         try:
             conversation = job.selection.read(row)
             rendered.append(chat.to_text(job.tokenizer, conversation, job.how))
-            warnings.update(chat.template_gaps(job.tokenizer, conversation, job.how))
+            silent.append(chat.is_silent(conversation))
+            warnings.update(chat.template_gaps(job.tokenizer, conversation, job.how, rendered[-1]))
         except RowError as error:
             raise UserError(f"{job.rows.place(index)}: {error}") from None
     examples = chat.tokenise(job.tokenizer, rendered)
@@ -156,6 +179,7 @@ def tokenise_range(job: Job, start: int, stop: int) -> Chunk:
         mask_T=np.concatenate([example.mask_T for example in examples]),
         lengths_C=np.array([len(example.ids_T) for example in examples], np.int64),
         trained_C=np.array([example.mask_T[1:].sum() for example in examples], np.int64),
+        silent_C=np.array(silent, bool),
         warnings=warnings,
     )
 
@@ -163,7 +187,7 @@ def tokenise_range(job: Job, start: int, stop: int) -> Chunk:
 def _chunks(job: Job, workers: int) -> Iterator[Chunk]:
     count = len(job.rows)
     ranges = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    if workers < 2 or count < WORTH_PROCESSES:
+    if workers < 2 or count < ROWS_WORTH_PROCESSES:
         # One process that waits for one other gains nothing; the tokenizer has threads of its own.
         yield from (tokenise_range(job, *bounds) for bounds in ranges)
         return
@@ -190,28 +214,54 @@ def _work(bounds: tuple[int, int]) -> Chunk:
 
 def _write(folder: Path, chunks: Iterator[Chunk], count: int, on_progress: Progress | None) -> None:
     """Write the arrays beside ``folder`` and rename them into place, so that what is there is always whole."""
+    with _writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    try:
+        made = _collect(chunks, count, on_progress)
+        with _writing(folder.parent):
+            _save(draft, made)
+            _publish(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write tokens to {folder}: {error}. Make room there, or set XDG_CACHE_HOME to a folder with room."
+        ) from None
+
+
+def _collect(chunks: Iterator[Chunk], count: int, on_progress: Progress | None) -> list[Chunk]:
     made: list[Chunk] = []
-    done = 0
+    done, told = 0, time.monotonic()
     for chunk in chunks:
         made.append(chunk)
         done += len(chunk.lengths_C)
-        if on_progress is not None:
+        now = time.monotonic()
+        if on_progress is not None and (done == count or now - told >= PROGRESS_SECONDS):
+            told = now
             on_progress(done, count)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write tokens to {folder.parent}: {error}. Set XDG_CACHE_HOME to a folder.") from None
-    try:
-        np.save(draft / "ids.npy", np.concatenate([chunk.ids_T for chunk in made]))
-        np.save(draft / "mask.npy", np.concatenate([chunk.mask_T for chunk in made]))
-        np.save(draft / "lengths.npy", np.concatenate([chunk.lengths_C for chunk in made]))
-        np.save(draft / "trained.npy", np.concatenate([chunk.trained_C for chunk in made]))
-        warnings = sum((chunk.warnings for chunk in made), Counter())
-        (draft / "warnings.json").write_text(json.dumps(warnings))
-        _publish(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    return made
+
+
+def _save(draft: Path, made: list[Chunk]) -> None:
+    arrays = {
+        "ids": np.concatenate([chunk.ids_T for chunk in made]),
+        "mask": np.concatenate([chunk.mask_T for chunk in made]),
+        "lengths": np.concatenate([chunk.lengths_C for chunk in made]),
+        "trained": np.concatenate([chunk.trained_C for chunk in made]),
+        "silent": np.concatenate([chunk.silent_C for chunk in made]),
+    }
+    for name, array in arrays.items():
+        np.save(draft / f"{name}.npy", array)
+    fingerprint = digest(*(arrays[name].view(np.uint8).data for name in ("ids", "mask", "lengths")))
+    about = {"warnings": sum((chunk.warnings for chunk in made), Counter()), "fingerprint": fingerprint}
+    (draft / "about.json").write_text(json.dumps(about))
 
 
 def _publish(draft: Path, folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,21 +42,25 @@ def attention(
     Raises UserError where ``implementation`` ("auto", "blockwise", "cudnn" or "splash") cannot run here.
     """
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
-    kernel = functools.partial(_kernel(implementation, q_BTNH), scale=scale, window=window)
+    kernel = functools.partial(choose(implementation, q_BTNH.dtype, q_BTNH.shape[-1]), scale=scale, window=window)
     with jax.named_scope("attention_kernel"):
         return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT)
 
 
-def _kernel(implementation: str, q_BTNH: jax.Array) -> Kernel:
-    platform, head_dim = mesh_lib.platform(), q_BTNH.shape[-1]
-    cudnn_fits = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+def choose(implementation: str, dtype: Any, head_dim: int) -> Kernel:
+    """Return the kernel that ``implementation`` means on the platform in use, for heads of ``head_dim``.
+
+    Raises UserError where it cannot run.
+    """
+    platform = mesh_lib.platform()
+    cudnn_fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
     if implementation == "auto":
         best = {"gpu": "cudnn" if cudnn_fits else "blockwise", "tpu": "splash"}
         implementation = best.get(platform, "blockwise")
     if implementation == "cudnn" and (platform != "gpu" or not cudnn_fits):
         raise UserError(
             f"attention=cudnn: needs an NVIDIA GPU, bfloat16 and a head size of at most 128, a multiple of 8; "
-            f"here are a {platform}, {q_BTNH.dtype} and {head_dim}. Use attention=auto."
+            f"here are a {platform}, {jnp.dtype(dtype).name} and {head_dim}. Use attention=auto."
         )
     if implementation == "splash":
         if platform != "tpu":

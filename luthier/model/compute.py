@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,12 @@ class Compute:
     dtype: Any = jnp.float32
     attention: str = "auto"
     remat: str = "none"
+
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context to trace in: fp32 stays fp32, not the shorter types that GPUs and TPUs multiply it in."""
+        if self.dtype != jnp.float32 or mesh.platform() == "cpu":
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision("highest")
 
 
 def fast_dtype() -> Any:

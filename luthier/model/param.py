@@ -55,9 +55,19 @@ class Param:
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape that the Hugging Face tensor must have."""
-        left, sizes = self.layout.split("->")[0], self._sizes()
-        groups = re.findall(r"\(([^)]*)\)|(\w+)", left)
-        return tuple(math.prod(sizes[name] for name in (group or single).split()) for group, single in groups)
+        sizes = self._sizes()
+        return tuple(math.prod(sizes[name] for name in side) for side in self.sides)
+
+    @property
+    def sides(self) -> tuple[tuple[str, ...], ...]:
+        """The layout's names in each dimension of the Hugging Face tensor: (output, input) for a matrix."""
+        groups = re.findall(r"\(([^)]*)\)|(\w+)", self.layout.split("->")[0])
+        return tuple(tuple((group or single).split()) for group, single in groups)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layout's names of a slice's dimensions, in the order of ``slice_shape``."""
+        return tuple(self.layout.split("->")[1].split())
 
     @property
     def decays(self) -> bool:
@@ -85,12 +95,11 @@ class Param:
         return einops.rearrange(piece, f"{right.strip()} -> {left.strip()}", **self._split_sizes())
 
     def _sizes(self) -> dict[str, int]:
-        names = self.layout.split("->")[1].split()
-        return dict(zip(names, self.slice_shape, strict=True))
+        return dict(zip(self.names, self.slice_shape, strict=True))
 
     def _split_sizes(self) -> dict[str, int]:
-        grouped = " ".join(re.findall(r"\(([^)]*)\)", self.layout)).split()
-        return {name: size for name, size in self._sizes().items() if name in grouped}
+        joined = [name for side in self.sides if len(side) > 1 for name in side]
+        return {name: size for name, size in self._sizes().items() if name in joined}
 
 
 def stacked(spec: Tree, axis: str, indices: Sequence[int]) -> Tree:

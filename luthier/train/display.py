@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 from rich.console import Console
@@ -43,6 +44,24 @@ def duration(seconds: float) -> str:
     """Return a time as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+@contextlib.contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that is told (done, total), and show both after a moment: short work shows nothing."""
+    started = shown = time.perf_counter()
+    with console.status(what) if console.is_terminal else contextlib.nullcontext() as status:
+
+        def update(done: int, total: int) -> None:
+            nonlocal shown
+            now = time.perf_counter()
+            if status is not None:
+                status.update(f"{what}: {done:,} of {total:,}")
+            elif now - shown >= PLAIN_INTERVAL:
+                shown = now
+                console.print(f"{what}: {done:,} of {total:,}, {duration(now - started)}")
+
+        yield update
 
 
 class Steps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ CONTINUABLE = {
     *("grain_worker_count", "jax_cache_dir", "hf_access_token"),
 }
 
+_ELSEWHERE = "Choose another run_name, or remove the folder."
+
 
 def path(config: Any) -> Path:
     """Return the run's folder."""
@@ -25,28 +29,25 @@ def path(config: Any) -> Path:
 
 
 def check(config: Any) -> Path:
-    """Return the run's folder if this command may run there: it is new, empty, or holds this same run.
+    """Return the run's folder if this command may run there: it is new, empty, without progress, or this same run.
 
     Raises UserError where it holds a different run, naming the keys that differ, or something that is no run.
     """
     folder = path(config)
-    elsewhere = "Choose another run_name, or remove the folder."
+    if re.match(r"\w+://", config.base_output_directory):
+        raise UserError(
+            f"base_output_directory={config.base_output_directory}: runs are written to a local folder. "
+            "Mount the bucket, or copy the run afterwards."
+        )
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, not a folder for a run. {elsewhere}")
+        raise UserError(f"{folder}: is a file, not a folder for a run. {_ELSEWHERE}")
     if not folder.exists() or not any(folder.iterdir()):
         return folder
     recipe = folder / "config.yml"
     if not recipe.is_file():
-        raise UserError(f"{folder}: holds files but no config.yml, so it is not a run of Luthier. {elsewhere}")
-    before = yaml.safe_load(recipe.read_text()) or {}
-    now = config.model_dump()
-    differing = [
-        f"{name} (there {before[name]!r}, here {now[name]!r})"
-        for name in now
-        if name not in CONTINUABLE and name in before and before[name] != now[name]
-    ]
-    if differing:
-        raise UserError(f"{folder}: holds a different run: {', '.join(differing)}. {elsewhere}")
+        raise UserError(f"{folder}: holds files but no config.yml, so it is not a run of Luthier. {_ELSEWHERE}")
+    if _has_progress(folder):
+        _check_same(folder, _read(recipe), config.model_dump())
     return folder
 
 
@@ -55,8 +56,35 @@ def open_(config: Any) -> Path:
     folder = path(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config_lib.save(config, folder / "config.yml")
+        draft = folder / ".config.yml"
+        config_lib.save(config, draft)
+        draft.replace(folder / "config.yml")
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
         raise UserError(f"{folder}: {reason}. Choose another base_output_directory.") from None
     return folder
+
+
+def _has_progress(folder: Path) -> bool:
+    """Say whether there is something that another run would destroy: a whole checkpoint or a trained model."""
+    return (folder / "model").exists() or any(step.name.isdigit() for step in (folder / "checkpoints").glob("*"))
+
+
+def _read(recipe: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(recipe.read_text())
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe}: cannot be read, so what run this is cannot be known. {_ELSEWHERE}")
+    return values
+
+
+def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differing = [
+        f"{name} (there {before[name]!r}, here {now[name]!r})"
+        for name in now
+        if name not in CONTINUABLE and name in before and before[name] != now[name]
+    ]
+    if differing:
+        raise UserError(f"{folder}: holds a different run: {', '.join(differing)}. {_ELSEWHERE}")

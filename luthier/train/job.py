@@ -17,7 +17,7 @@ from luthier.checkpoint import huggingface
 from luthier.checkpoint.source import Source
 from luthier.checkpoint.state import Checkpoints
 from luthier.config import SftConfig
-from luthier.model import param
+from luthier.model import attention, param
 from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
 from luthier.train import memory, optimizer, step
@@ -57,9 +57,9 @@ class Job:
 
     @property
     def evaluates(self) -> bool:
-        """Whether there are held-out rows, and they are to be looked at."""
+        """Whether rows are held out."""
         keys = self.config
-        return keys.eval_interval != 0 and bool(keys.hf_eval_path or keys.hf_eval_split or keys.eval_fraction)
+        return bool(keys.hf_eval_path or keys.hf_eval_split or keys.eval_fraction)
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,14 @@ class Programs:
 
 
 def prepare(config: SftConfig, source: Source, model: Model, mesh: Mesh) -> Job:
-    """Return the job, after checking that the mesh and the checkpoint fit the model, and the batch the memory.
+    """Return the job, after checking that mesh, kernel and checkpoint fit the model, and the batch the memory.
 
     Raises UserError where one does not.
     """
     dtype = fast_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
     compute = Compute(dtype, config.attention, config.remat_policy)
     param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
+    attention.choose(config.attention, dtype, model.config.head_dim)  # raises where the kernel cannot run
     if source.kind != "random":
         huggingface.check(source, model.spec)
     memory.check(config, memory.estimate(config, model, mesh, compute), memory.available(mesh))

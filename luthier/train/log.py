@@ -56,8 +56,8 @@ class Log:
         if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
             raise RunError(
                 f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}. The batch held "
-                f"{self._name_rows(rows)}. Nothing of this step is saved; the last checkpoint stands. Look at these "
-                "rows, or lower learning_rate."
+                f"{self._name_rows(rows)}. Nothing of this step is saved; an earlier checkpoint stands. Look at these "
+                "rows, or lower learning_rate, in a run of another run_name."
             )
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now

@@ -1,12 +1,16 @@
 """How much memory a run will take, before anything is loaded.
 
-An estimate from shapes, good to about a fifth: the compiled program's own figure replaces it once there is one. Left
-out on purpose: the exact search over settings, which compiles each of them.
+An estimate from shapes, good to about a third, so that only what is clearly too much is refused. The compiled program's
+own figure follows in the run's output. Left out on purpose: the exact search over settings, which compiles each.
 """
 
 from __future__ import annotations
 
+import math
+import resource
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,7 @@ from luthier.model.model import Model
 
 GIB = 2**30
 MOMENTS = {"adamw": 2.0, "adafactor": 0.05, "muon": 1.3, "sgd": 1.0}
+OVERESTIMATE = 1.35
 PROCESS = 1.0 * GIB  # the interpreter, its libraries and compiled programs, where they share the devices' memory
 
 
@@ -46,7 +51,7 @@ def estimate(config: SftConfig, model: Model, mesh: Mesh, compute: Compute) -> P
     moment_bytes = MOMENTS[config.opt_type] * jnp.dtype(config.mu_dtype).itemsize
     gradients = 2.0 if config.gradient_accumulation_steps > 1 else 1.0
     state = weights * (weight_bytes * (1 + gradients) + moment_bytes) / shards
-    layer_weights = sum(p.shape[0] and _size(p) / p.shape[0] for p in param.leaves(model.spec).values() if p.stack)
+    layer_weights = sum(math.prod(p.slice_shape) for p in param.leaves(model.spec).values() if p.stack)
     gathered = layer_weights * jnp.dtype(compute.dtype).itemsize * 2 / mesh.shape["tensor"]
     width = c.num_attention_heads * c.head_dim
     kv = c.num_key_value_heads * c.head_dim
@@ -67,15 +72,27 @@ def available(mesh: Mesh) -> float | None:
     """Return the bytes that each device can still give, or None where the platform does not say."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return psutil.virtual_memory().available / mesh.size
+        return min(psutil.virtual_memory().available, _container_limit()) / mesh.size
     stats = device.memory_stats() or {}
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 
+def _container_limit() -> float:
+    """Return the bytes left to this process's control group (version 2, then 1); infinity outside one."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if Path(limit).is_file() and Path(used).is_file():
+            text = Path(limit).read_text().strip()
+            return math.inf if text == "max" else float(text) - float(Path(used).read_text())
+    return math.inf
+
+
 def check(config: SftConfig, plan: Plan, limit: float | None) -> None:
-    """Raise UserError where the plan is over the limit, saying what would fit."""
+    """Raise UserError where the plan is over the limit even if a third is overestimated, saying what would fit."""
     rows = config.per_device_batch_size
-    if limit is None or plan.total(rows) <= limit:
+    if limit is None or plan.total(rows) / OVERESTIMATE <= limit:
         return
     fitting = int((limit - plan.fixed) // plan.per_row)
     if fitting >= 1:
@@ -103,18 +120,12 @@ def _savings(config: SftConfig) -> list[str]:
     return [change for change, open_ in changes.items() if open_] + ["a smaller max_target_length"]
 
 
-def _size(p: param.Param) -> int:
-    size = 1
-    for dimension in p.shape:
-        size *= dimension
-    return size
-
-
 def peak_resident() -> float:
     """Return the most bytes that this process has held so far."""
-    import resource
-    import sys
-
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: the peak that getrusage gives there can be that of the process which started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return float(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak if sys.platform == "darwin" else peak * 1024)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets; the first entry that the kind contains counts.
+# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets; the first that stands in the kind counts.
 PEAK_TFLOPS = {
-    "TPU v6": 918.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
     "TPU v5p": 459.0,
     "TPU v5 lite": 197.0,
     "TPU v5e": 197.0,
@@ -29,7 +31,8 @@ PEAK_TFLOPS = {
 
 def peak_flops(device_kind: str) -> float | None:
     """Return the peak bf16 FLOP/s of a device, or None where it is not known (as for every CPU)."""
-    return next((tflops * 1e12 for kind, tflops in PEAK_TFLOPS.items() if kind in device_kind), None)
+    named = (tflops for kind, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{kind}\b", device_kind))
+    return next((tflops * 1e12 for tflops in named), None)
 
 
 def flops_per_token(weights: int, layers: int, heads: int, head_dim: int, length: int) -> float:
@@ -44,14 +47,16 @@ def flops_per_token(weights: int, layers: int, heads: int, head_dim: int, length
 class Writer:
     """Appends a row of numbers for a step to ``metrics.jsonl`` and to TensorBoard's event file.
 
-    Rows of steps after ``resumed_at`` are dropped on opening: a resumed run takes those steps again.
+    Rows of steps after ``resumed_at`` are dropped on opening: a resumed run takes those steps again. ``evaluations``
+    are those of the steps before, by step.
     """
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
         from tensorboardX import SummaryWriter
 
         self._path = folder / "metrics.jsonl"
-        _drop_after(self._path, resumed_at)
+        kept = _drop_after(self._path, resumed_at)
+        self.evaluations = {row["step"]: _evaluation(row) for row in kept if "eval/loss" in row}
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 
@@ -70,12 +75,17 @@ class Writer:
         self._events.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    rows = path.read_text().splitlines()
-    kept = [row for row in rows if _whole(row) and json.loads(row)["step"] <= step]
-    path.write_text("".join(row + "\n" for row in kept))
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the rows up to ``step`` and return them."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if _whole(line)]
+    kept = [row for row in rows if row["step"] <= step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
+def _evaluation(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
 
 
 def _whole(row: str) -> bool:

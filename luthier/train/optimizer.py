@@ -8,7 +8,8 @@ Left out on purpose: optimizers of our own, and per-group learning rates.
 
 from __future__ import annotations
 
-import re
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def schedule(keys: TrainKeys, steps: int) -> Callable[[int], float]:
     peak, final = keys.learning_rate, keys.learning_rate * keys.learning_rate_final_fraction
     warmup = int(keys.warmup_steps_fraction * steps)
     rest = max(steps - warmup, 1)
-    stable = rest - int(keys.wsd_decay_steps_fraction * rest)
+    stable = rest - int(keys.wsd_decay_steps_fraction * steps)
     kinds: dict[str, Callable[[], Callable[[int], Any]]] = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, final, rest),
@@ -155,10 +156,8 @@ def _muon_dimensions(param: Param) -> optax.contrib.MuonDimensionNumbers | None:
     """Return which of our axes the layout joins into the tensor's output and input side."""
     if not _is_hidden_matrix(param):
         return None
-    left, right = param.layout.split("->")
-    groups = [(group or single).split() for group, single in re.findall(r"\(([^)]*)\)|(\w+)", left)]
-    place = {name: number + len(param.stack) for number, name in enumerate(right.split())}
-    output, reduction = (tuple(place[name] for name in group) for group in groups)
+    place = {name: number + len(param.stack) for number, name in enumerate(param.names)}
+    output, reduction = (tuple(place[name] for name in side) for side in param.sides)
     return optax.contrib.MuonDimensionNumbers(reduction_axis=reduction, output_axis=output)
 
 
@@ -179,19 +178,9 @@ def _map_unmasked(function: Callable[..., Any], tree: Tree, beside: Tree) -> Tre
 
 
 def _as_matrix(x: jax.Array, param: Param) -> jax.Array:
-    """Join the axes of each side; the sides may stand in the other order than in the tensor."""
-    if len(param.tensor_shape) < 2:
-        return x.reshape(*x.shape[: len(param.stack)], -1)
-    left, right = param.layout.split("->")
-    grouped = re.findall(r"\(([^)]*)\)", left)
-    inside = set(" ".join(grouped).split())
-    sizes = dict(zip(right.split(), param.slice_shape, strict=True))
-    shape: list[int] = []
-    joined = False
-    for name in right.split():
-        if name in inside and joined:
-            shape[-1] *= sizes[name]
-        else:
-            shape.append(sizes[name])
-        joined = name in inside
+    """Join the dimensions of each side; the sides may stand in the other order than in the tensor."""
+    side_of = {name: number for number, side in enumerate(param.sides) for name in side}
+    sizes = zip(param.names, param.slice_shape, strict=True)
+    joined = itertools.groupby(sizes, key=lambda entry: side_of[entry[0]])
+    shape = [math.prod(size for _, size in side) for _, side in joined]
     return x.reshape(*x.shape[: len(param.stack)], *shape)

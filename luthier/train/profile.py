@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -10,24 +11,29 @@ from luthier.config import RunKeys
 
 
 class Profile:
-    """Starts and stops a trace by the ``profiler*`` keys: call ``before`` each step, and ``close`` at the end."""
+    """Starts and stops a trace by the ``profiler*`` keys: call ``before`` each step, and ``close`` at the end.
+
+    ``due`` says that a trace is wanted and has not begun.
+    """
 
     def __init__(self, config: RunKeys, folder: Path, first_step: int) -> None:
-        self._start = first_step + config.skip_first_n_steps_for_profiler if config.profiler else -1
+        self.due = bool(config.profiler)
+        self._start = first_step + config.skip_first_n_steps_for_profiler
         self._stop = self._start + config.profiler_steps
         self._folder = folder
         self._running = False
 
-    def before(self, step: int) -> None:
-        """Start or stop the trace if it is due before ``step``."""
-        if step == self._start:
+    def before(self, step: int, state: Any) -> None:
+        """Start or stop the trace if it is due before ``step``; ``state`` is what the steps so far give."""
+        if self.due and step == self._start:
             jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            self._running, self.due = True, False
         if self._running and step == self._stop:
-            self.close()
+            self.close(state)
 
-    def close(self) -> None:
-        """Stop the trace if it still runs, as where a run is shorter than the trace."""
+    def close(self, state: Any) -> None:
+        """Stop the trace, if it runs, once ``state`` is there: a device may be steps behind."""
         if self._running:
+            jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._running = False

@@ -51,8 +51,19 @@ def header(
     for split in (rows, held_out):
         for warning in split.report.warnings if split else ():
             display.warn(console, warning)
+    positions = job.source.config.get("max_position_embeddings") or config.max_target_length
+    if config.max_target_length > positions:
+        words = f"max_target_length={config.max_target_length} is over the {positions} positions that the model knows."
+        display.warn(console, words)
     console.print("\n[bold]First example[/bold], trained tokens between ⟦ and ⟧")
     console.print(preview(tokenizer, rows.example(0)), end="\n\n")
+
+
+def compiled(console: Console, program: Any) -> None:
+    """Print the memory that a compiled step (``jax.stages.Compiled``) takes, where the backend says."""
+    size = memory.of_program(program)
+    if size is not None:
+        console.print(f"The compiled step takes {size / memory.GIB:.1f} GiB on each device.")
 
 
 def export(job: Job, params: param.Tree, tokenizer: Any, place: Path) -> None:

@@ -36,7 +36,7 @@ from luthier.checkpoint.state import Checkpoints
 from luthier.config import SftConfig
 from luthier.data.source import Batches, TokenRows, batches
 from luthier.data.source import load as load_rows
-from luthier.errors import RunError
+from luthier.errors import RunError, UserError
 from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.train import display, folder, metrics, optimizer, report, step
@@ -44,7 +44,7 @@ from luthier.train.evaluation import evaluate
 from luthier.train.job import Job, Programs, compile_steps, load_state, prepare
 from luthier.train.log import Log
 from luthier.train.profile import Profile
-from luthier.train.signals import Stop
+from luthier.train.signals import EXIT_CODES, Stop
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,18 @@ def run(config: SftConfig) -> None:
     with Stop() as stop, mesh_lib.use(mesh), ThreadPoolExecutor(1) as background:
         job = prepare(config, source, model, mesh)
         tokenizer = tokenizer_lib.load(source, config.tokenizer_path, config.hf_access_token)
-        rows, held_out = load_rows(config, tokenizer)
-        for split in (rows, held_out):
-            if split is not None:
-                split.check_vocabulary(model.config.vocab_size)
+        with display.counting(console, "Tokenising") as counted:
+            rows, held_out = load_rows(config, tokenizer, counted)
+        _check_rows(model, rows, held_out)
         total = total_steps(job, len(rows))
         folder.open_(config)
         report.header(console, job, rows, held_out, total, place, tokenizer)
-        # Not sooner: compiling cannot be broken off, and nothing that a user mends should wait for it.
-        programs = compile_steps(job, sft, background)
-        this = Run(job, rows, held_out, total, programs, place, console, stop)
         with _checkpoints(config, place) as checkpoints, _out_of_memory(config):
+            _check_done(checkpoints, total, place)
+            # Not sooner: compiling cannot be broken off, and nothing that a user mends should wait for it.
+            programs = compile_steps(job, sft, background)
             state, data_state = load_state(job, checkpoints)
+            this = Run(job, rows, held_out, total, programs, place, console, stop)
             state, evaluations = train(this, checkpoints, state, data_state)
         report.export(job, state.params, tokenizer, place / "model")
         report.summary(console, place, evaluations)
@@ -103,37 +103,47 @@ def train(
     if data_state is not None:
         loader.set_state(data_state)
         this.console.print(f"Going on after step {done} of {this.total}.")
-    evaluations: report.Evaluations = {}
-    if done >= this.total:
-        return state, evaluations
-    profile = Profile(config, this.place / "profile", done)
+    profile = Profile(config, this.place / "profile", done + 1)
     with metrics.Writer(this.place, done) as writer, display.Steps(this.console, this.total, done) as shown:
         log = Log(writer, shown, lambda rows: _names(this.rows, rows), period=config.log_period, **report.speeds(job))
-        _look(this, log, evaluations, done, state.params)
+        if done == this.total:
+            return state, writer.evaluations
+        _look(this, log, writer.evaluations, done, state.params)
         advance = this.programs.train.result()
+        report.compiled(this.console, advance)
         log.restart_clock()
         this.stop.armed = True
         for number in range(done + 1, this.total + 1):
-            profile.before(number)
+            profile.before(number, state)
             item = next(loader)
             batch = step.place(item["batch"], job.mesh, accumulate=config.gradient_accumulation_steps)
             learning_rate = rate(number - 1)
             state, values = advance(state, batch, np.float32(learning_rate))
             log.push(number, values, item["rows"], learning_rate)
-            last = number == this.total or this.stop.requested is not None
+            stopped = this.stop.requested  # read once: a signal that comes later is for the next step
+            last = number == this.total or stopped is not None
             if checkpoints is not None and (last or number % config.checkpoint_period == 0):
                 log.flush()  # raises where the step is not finite: it must not be saved
                 checkpoints.save(number, state, loader.get_state())
                 log.restart_clock()
-            if this.stop.requested is not None:
+            if stopped is not None:
                 log.flush()
-                _leave(this, number, checkpoints is not None)
+                after = (
+                    "Nothing is saved: enable_checkpointing is off."
+                    if checkpoints is None
+                    else "The same command goes on."
+                )
+                this.console.print(f"Stopped by {stopped.name} after step {number}. {after}")
+                raise SystemExit(EXIT_CODES[stopped])
             if last or (config.eval_interval > 0 and number % config.eval_interval == 0):
                 log.flush()
-                _look(this, log, evaluations, number, state.params)
-        profile.close()
+                _look(this, log, writer.evaluations, number, state.params)
+        this.stop.armed = False
+        profile.close(state)
+    if profile.due:
+        display.warn(this.console, "no trace was written: the run ended within skip_first_n_steps_for_profiler.")
     loader.close()
-    return state, evaluations
+    return state, writer.evaluations
 
 
 def total_steps(job: Job, rows: int) -> int:
@@ -146,8 +156,8 @@ def total_steps(job: Job, rows: int) -> int:
 
 
 def _look(this: Run, log: Log, evaluations: report.Evaluations, number: int, params: Tree) -> None:
-    """Evaluate on the held-out rows, if there are any."""
-    if this.held_out is None or this.programs.evaluate is None:
+    """Evaluate on the held-out rows, if there are any, and this was not done before the run was resumed."""
+    if this.held_out is None or this.programs.evaluate is None or number in evaluations:
         return
     loader = _batches(this.job, this.held_out, epochs=1.0, shuffle=False, accumulate=1)
     placed = (step.place(item["batch"], this.job.mesh) for item in loader)
@@ -177,12 +187,19 @@ def _batches(job: Job, rows: TokenRows, *, epochs: float, shuffle: bool, accumul
     )
 
 
-def _leave(this: Run, number: int, saved: bool) -> None:
-    """End a run that a signal stopped, after its checkpoint (written on the way out) was started."""
-    assert this.stop.requested is not None
-    after = "The same command goes on from there." if saved else "Nothing is saved: enable_checkpointing is off."
-    this.console.print(f"Stopped by {this.stop.requested.name} after step {number}. {after}")
-    raise SystemExit(this.stop.exit_code)
+def _check_rows(model: Model, *splits: TokenRows | None) -> None:
+    for split in splits:
+        if split is not None:
+            split.check_vocabulary(model.config.vocab_size)
+
+
+def _check_done(checkpoints: Checkpoints | None, total: int, place: Path) -> None:
+    done = checkpoints.latest() if checkpoints is not None else None
+    if done is not None and done > total:
+        raise UserError(
+            f"{place}: this run has taken {done} steps, and the command asks for {total}. "
+            "Give more steps (or num_epoch), or another run_name."
+        )
 
 
 def _names(rows: TokenRows, batch_rows: Any) -> str:

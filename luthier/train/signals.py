@@ -20,11 +20,6 @@ class Stop:
         self.requested: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    @property
-    def exit_code(self) -> int:
-        """The code to exit with for the signal that came."""
-        return EXIT_CODES[self.requested] if self.requested else 0
-
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
         return self

@@ -75,7 +75,8 @@ def make_eval_step(model: Model, algorithm: Algorithm, compute: Compute) -> Call
     """Return ``evaluate(params, batch) -> Totals`` over a batch ``[B, T]``."""
 
     def evaluate(params: Tree, batch: Batch) -> Totals:
-        scores = model.score(params, batch, compute)
+        with compute.precision():
+            scores = model.score(params, batch, compute)
         return _totals(algorithm(scores.logp_BT, batch), scores.correct_BT, batch)
 
     return jax.jit(evaluate)
@@ -128,7 +129,9 @@ def _gradient(model: Model, algorithm: Algorithm, compute: Compute, params: Tree
         loss = algorithm(scores.logp_BT, micro)
         return loss.sum, _totals(loss, scores.correct_BT, micro)
 
-    return jax.grad(loss_sum, has_aux=True)(params)
+    with compute.precision():
+        gradient, totals = jax.grad(loss_sum, has_aux=True)(params)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), totals
 
 
 def _accumulate(gradient_of: Callable[[Batch], tuple[Tree, Totals]], batch: Batch) -> tuple[Tree, Totals]:

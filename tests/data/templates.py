@@ -28,6 +28,7 @@ ALTERNATING = (
     "{% if message['role'] == 'user' %}[Q] {{ message['content'] }} [A]{% else %} {{ message['content'] }}<|im_end|>"
     "{% endif %}{% endfor %}"
 )
+WITHOUT_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
 STRIPS_THINKING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' and not loop.last %}{{ message['content'].split('</think>')[-1] }}"

@@ -34,6 +34,11 @@ def encode(tokenizer, conversation, **how) -> Example:
     return chat.encode(tokenizer, [conversation], Rendering(**how))[0]
 
 
+def gaps(tokenizer, conversation, **how) -> tuple[str, ...]:
+    rendered = chat.to_text(tokenizer, conversation, Rendering(**how))
+    return chat.template_gaps(tokenizer, conversation, Rendering(**how), rendered)
+
+
 def trained(tokenizer, example) -> list[str]:
     """Return the decoded stretches of trained tokens."""
     edges = [0, *(np.flatnonzero(np.diff(example.mask_T)) + 1), len(example.ids_T)]
@@ -148,13 +153,50 @@ def test_tools_and_tool_calls_reach_the_template(tokenizer):
     example = encode(tokenizer, conversation)
     assert '{"name": "add"}' in tokenizer.decode(example.ids_T).split("user")[0]
     assert trained(tokenizer, example) == ['<call>{"name": "add"}</call><|im_end|>', "four<|im_end|>"]
-    assert chat.template_gaps(tokenizer, conversation, Rendering()) == ()
+    assert gaps(tokenizer, conversation) == ()
 
 
 def test_template_without_tools_gets_calls_as_text_and_a_warning(tokenizer):
     conversation = Conversation(TOOL_TURNS, tools=({"name": "add"},))
     assert trained(tokenizer, encode(tokenizer, conversation)) == ['{"name": "add"}<|im_end|>', "four<|im_end|>"]
-    assert len(chat.template_gaps(tokenizer, conversation, Rendering())) == 2
+    assert len(gaps(tokenizer, conversation)) == 2
+
+
+@pytest.mark.parametrize("messages", [TURNS, TURNS[:2], TURNS[1:]])
+def test_header_that_is_trained_is_warned_of(tokenizer, messages):
+    conversation = Conversation(messages)
+    (warning,) = gaps(tokenizer, conversation, template=templates.WITHOUT_PROMPT)
+    assert "ignores add_generation_prompt" in warning
+    assert trained(tokenizer, encode(tokenizer, messages, template=templates.WITHOUT_PROMPT))[0].startswith("<|im_sta")
+    assert gaps(tokenizer, conversation, template=templates.WITHOUT_PROMPT, completion_only=False) == ()
+
+
+@pytest.mark.parametrize(
+    "template", [templates.CHATML, templates.MARKED, templates.LLAMA3, templates.EMPTY_THINKING_LAST]
+)
+def test_header_that_is_not_trained_is_not_warned_of(tokenizer, template):
+    assert gaps(tokenizer, Conversation(TURNS), template=template) == ()
+
+
+def test_template_may_need_no_generation_prompt(tokenizer):
+    assert gaps(tokenizer, Conversation(TURNS), template=templates.ALTERNATING) == ()
+
+
+@pytest.mark.parametrize(
+    ("conversation", "silent"),
+    [
+        (Conversation(TURNS), False),
+        (Conversation(({"role": "user", "content": ""}, TURNS[1])), False),
+        (Conversation((*TURNS, {"role": "assistant", "content": " \n", "name": "a"})), True),
+        (Conversation(({"role": "assistant", "content": ""}, *TURNS), prompt_messages=1), False),
+        (Conversation(({"role": "assistant", "content": "", "reasoning_content": "hm"},)), False),
+        (Conversation(TOOL_TURNS), False),
+        (Conversation(text=" "), True),
+        (Conversation(text="a"), False),
+    ],
+)
+def test_empty_replies_are_noticed(conversation, silent):
+    assert chat.is_silent(conversation) is silent
 
 
 @pytest.mark.parametrize(
@@ -212,13 +254,14 @@ def test_template_from_a_file(tokenizer, keys, tmp_path, name, content):
         ({"chat_template_path": "nowhere.jinja"}, None, "nowhere.jinja: no such file"),
         ({"chat_template_path": "bad.json"}, "{}", "no JSON object with a text field `chat_template`"),
         ({"chat_template_path": "bad.json"}, "{", "no JSON object with a text field `chat_template`"),
+        ({"chat_template_path": "bad.json"}, "{}".encode("utf-16"), "bad.json: cannot be read: 'utf-8' codec"),
         ({"chat_template": "{% for %}"}, None, "not valid Jinja"),
     ],
 )
 def test_bad_templates(tokenizer, keys, tmp_path, monkeypatch, values, content, expected):
     monkeypatch.chdir(tmp_path)
     if content is not None:
-        (tmp_path / "bad.json").write_text(content)
+        (tmp_path / "bad.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
         chat.rendering(keys(**values), tokenizer)
     assert expected in str(error.value)

@@ -77,6 +77,27 @@ def test_folder_splits_by_name_and_globs_are_one_split(write, tmp_path):
     assert len(opened(tmp_path / "set" / "**" / "*.jsonl")) == 10
 
 
+def test_folder_of_parquet_shards_with_files_about_them(write, tmp_path):
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    for split, some in (("train", ROWS[:8]), ("test", ROWS[8:])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), folder / "data" / f"{split}-00000.parquet")
+    for name in ("dataset_infos.json", "dataset_dict.json", "README.md", "train_stats.json"):
+        (folder / name).write_text("{}")
+    assert {name: len(opened(folder, name)) for name in files.open_splits(str(folder))} == {"test": 2, "train": 8}
+
+
+def test_folder_of_rows_with_files_about_them(write, tmp_path):
+    write(ROWS, "set/rows.jsonl")
+    (tmp_path / "set" / "dataset_info.json").write_text("{}")
+    assert len(opened(tmp_path / "set")) == 10
+
+
+def test_csv_fields_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text(f"text\n{'x' * 300_000}\n")
+    assert opened(tmp_path / "a.csv")[0] == {"text": "x" * 300_000}
+
+
 @pytest.mark.parametrize(
     ("split", "indices"),
     [
@@ -100,6 +121,8 @@ def test_slices(write, split, indices):
         ("tran", "which has train. Did you mean `train`?"),
         ("train[a:b]", "not a split"),
         ("train[10:]", "no rows"),
+        ("train[:1000%]", "train[:1000%]: 1000% of the rows. Give a share from 0% to 100%"),
+        ("train[-101%:]", "-101% of the rows"),
     ],
 )
 def test_wrong_splits(write, split, expected):
@@ -130,6 +153,11 @@ def test_held_out_rows_are_drawn_by_the_seed(write):
         ("a.jsonl", b'{"a": 1}\n["b"]\n', "a.jsonl, line 2: list where an object"),
         ("a.jsonl", b'{"a": "\xff"}\n', "a.jsonl, line 1: not valid JSON: 'utf-8'"),
         ("a.json", b'[{"a": 1}, ]', "a.json: not valid JSON"),
+        ("a.json", b'{\n"data": [{"a": 1}]}', "a.json, line 1: not valid JSON"),
+        ("a.json", b'{\n"data": [{"a": 1}]}', "Give a list of rows, or one row a line"),
+        ("a.json", b"[" * 200_000, "a.json: not valid JSON: maximum recursion depth"),
+        ("a.jsonl", b'{"a": ' + b"[" * 200_000, "a.jsonl, line 1: not valid JSON: maximum recursion depth"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv, line 1: more than one column `a`"),
         ("a.json", b"[1]", "a.json, row 1: int where an object"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv, line 3: more or fewer fields than the header's 2"),
         ("a.csv", b"a,b\n1\n", "a.csv, line 2: more or fewer fields"),
@@ -242,7 +270,7 @@ def test_formatter_by_module_or_file(formatters, write, path):
     raw = opened(write(ROWS))
     made = Formatted(raw, path, {"drop_system": True})
     assert made[1]["messages"] == [{"role": "user", "content": "q1"}]
-    assert made.added == ("messages",)
+    assert made.added == made.changed == ("messages",)
     assert made.place(1) == raw.place(1)
     assert made.fingerprint != Formatted(raw, path, {}).fingerprint
     assert pickle.loads(pickle.dumps(made))[1] == made[1]
@@ -265,6 +293,20 @@ def test_wrong_formatters(formatters, write, path, expected):
     with pytest.raises(UserError) as error:
         Formatted(opened(write(ROWS)), path, {})[0]
     assert expected in str(error.value)
+
+
+def test_missing_formatter_is_not_blamed_on_a_row(formatters, write):
+    with pytest.raises(UserError, match="^formatting_func_path=other.py:f: no file other.py"):
+        Formatted(opened(write(ROWS)), "other.py:f", {})
+
+
+def test_formatter_that_changes_rows_in_place_leaves_the_source_alone(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"conversations": [1, 2, 3]}]')
+    (tmp_path / "pops.py").write_text("def pops(row):\n    row['conversations'].pop()\n    return row\n")
+    made = Formatted(opened(tmp_path / "rows.json"), f"{tmp_path}/pops.py:pops", {})
+    assert [made[0]["conversations"] for _ in range(2)] == [[1, 2]] * 2
+    assert made.changed == ("conversations",)
+    assert made.added == ()
 
 
 def test_formatter_whose_file_fails(formatters, write):

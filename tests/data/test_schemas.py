@@ -48,6 +48,27 @@ def test_alpaca_input_follows_the_instruction():
     assert read({"instruction": "Add", "input": "1, 2", "output": "3"}).messages[0] == user("Add\n\n1, 2")
 
 
+@pytest.mark.parametrize("wanted", [None, ["instruction", "output"]])
+def test_optional_columns_are_read_where_a_row_has_them(wanted):
+    selection = schemas.select(wanted, ["instruction", "output"], "data")
+    assert selection.read({"instruction": "a", "output": "b"}).messages == EXCHANGE
+    assert selection.read({"instruction": "a", "input": "c", "output": "b"}).messages[0] == user("a\n\nc")
+    messages = schemas.select(None, ["messages"], "data")
+    assert messages.read({"messages": [user("a")], "tools": [{"name": "f"}]}).tools == ({"name": "f"},)
+
+
+def test_column_that_is_mapped_is_not_read_twice():
+    row = {"input": "a", "output": "b"}
+    assert read(row, {"instruction": "input", "output": "output"}).messages == EXCHANGE
+
+
+def test_columns_are_told_with_what_they_are_read_as():
+    assert schemas.select(None, ["messages", "id"], "data").described(["messages", "id"]) == "messages"
+    assert schemas.select(None, ["messages"], "data").described(["messages", "tools"]) == "messages, tools"
+    mapped = schemas.select({"prompt": "q", "completion": "completion"}, ["q", "completion"], "data")
+    assert mapped.described(["q", "completion"]) == "q as prompt, completion"
+
+
 def test_text():
     conversation = read({"text": "once"})
     assert (conversation.text, conversation.messages) == ("once", ())
@@ -149,6 +170,14 @@ def test_bad_rows(row, expected):
 def test_bad_row_names_the_datasets_own_column():
     with pytest.raises(RowError, match="column `output`: null"):
         read({"input": "a", "output": None}, {"prompt": "input", "completion": "output"})
+
+
+def test_row_that_is_nested_too_deeply():
+    tool = {}
+    for _ in range(100_000):
+        tool = {"a": tool}
+    with pytest.raises(RowError, match="nested too deeply"):
+        read({"messages": [user("a")], "tools": [tool]})
 
 
 def test_row_without_the_column():

@@ -1,3 +1,4 @@
+import errno
 import json
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import templates
 
 from luthier.data import source, store
-from luthier.errors import UserError
+from luthier.errors import RunError, UserError
 
 EXCHANGES = [{"question": "hello " * (i % 7 + 1), "answer": "world " * (i % 5 + 1)} for i in range(40)]
 
@@ -54,7 +55,16 @@ def test_every_token_comes_once(write, keys, tokenizer, packing):
     assert len(rows) == report.packed_rows
     assert sorted(i for row in range(len(rows)) for i in rows.source_rows(row)) == list(range(40))
     assert rows.places(0)[0].endswith(f"rows.jsonl, line {rows.source_rows(0)[0] + 1}")
-    assert "40 rows" in report.summary()
+    assert report.summary().startswith("40 rows (question, answer); ")
+    assert (report.schema, report.columns) == ("question", "question, answer")
+
+
+def test_optional_column_of_a_late_row_is_read(write, keys, tokenizer):
+    rows = [{"instruction": "hello", "output": "world"}] * 120
+    write([*rows, rows[0] | {"input": "lazy dog"}])
+    rows, _ = load(keys, tokenizer, packing=False, enable_data_shuffling=False)
+    assert "lazy dog" in tokenizer.decode(rows.example(120).ids_T)
+    assert "lazy dog" not in tokenizer.decode(rows.example(119).ids_T)
 
 
 def test_unshuffled_and_unpacked_rows_keep_their_order(write, keys, tokenizer):
@@ -80,7 +90,7 @@ def test_second_load_reads_the_cache(write, keys, tokenizer, monkeypatch):
 def test_processes_make_the_same_tokens(write, keys, tokenizer, monkeypatch):
     write(EXCHANGES)
     alone, _ = load(keys, tokenizer)
-    monkeypatch.setattr(store, "WORTH_PROCESSES", 1)
+    monkeypatch.setattr(store, "ROWS_WORTH_PROCESSES", 1)
     monkeypatch.setattr(store, "CHUNK", 16)
     config = keys(grain_worker_count=2)
     rows, _ = source.open_rows(config)
@@ -101,6 +111,51 @@ def test_bad_row_is_named_and_nothing_is_cached(write, keys, tokenizer, tmp_path
             load(keys, tokenizer)
         assert str(error.value).startswith(f"{path}, line 41: column `answer`: null where text should be")
     assert not list(tmp_path.glob("cache/luthier/tokens/*"))
+
+
+def test_progress_is_told_up_to_the_end_and_not_too_often(write, keys, tokenizer, monkeypatch):
+    monkeypatch.setattr(store, "CHUNK", 4)
+    write(EXCHANGES)
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(store, "PROGRESS_SECONDS", 0.0)
+    source.load(keys(), tokenizer, lambda *counts: told.append(counts))
+    assert told == [(done, 40) for done in range(4, 41, 4)]
+    source.load(keys(), tokenizer, lambda *counts: told.append(counts))
+    assert len(told) == 10
+    monkeypatch.setattr(store, "PROGRESS_SECONDS", 3600.0)
+    source.load(keys(sft_train_on_completion_only=False), tokenizer, lambda *counts: told.append(counts))
+    assert told[10:] == [(40, 40)]
+
+
+@pytest.mark.multiprocess
+def test_progress_is_told_by_processes_too(write, keys, tokenizer, monkeypatch):
+    monkeypatch.setattr(store, "ROWS_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(store, "CHUNK", 16)
+    monkeypatch.setattr(store, "PROGRESS_SECONDS", 0.0)
+    write(EXCHANGES)
+    told: list[tuple[int, int]] = []
+    source.load(keys(grain_worker_count=2), tokenizer, lambda *counts: told.append(counts))
+    assert told == [(16, 40), (32, 40), (40, 40)]
+
+
+def test_full_disk_names_the_folder(write, keys, tokenizer, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(EXCHANGES)
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(RunError, match=r"cannot write tokens to .*luthier/tokens: .*No space left.*XDG_CACHE_HOME"):
+        load(keys, tokenizer)
+    assert not list(tmp_path.glob("cache/luthier/tokens/*"))
+
+
+def test_cache_folder_that_cannot_be_made_is_said_before_rows_are_read(write, keys, tokenizer, monkeypatch, tmp_path):
+    write(EXCHANGES)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(store, "tokenise_range", None)
+    with pytest.raises(RunError, match="cannot write tokens to .*XDG_CACHE_HOME"):
+        load(keys, tokenizer)
 
 
 def test_template_that_refuses_a_row_names_it(write, keys, tokenizer):
@@ -145,6 +200,19 @@ def test_untrained_rows_and_missing_ends_are_warned_of(write, keys, tokenizer):
     assert any("no end-of-turn token" in text for text in rows.report.warnings)
 
 
+def test_empty_replies_are_counted_named_and_refused_where_there_is_nothing_else(write, keys, tokenizer, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\nc,\nd,e\n")
+    path = str(tmp_path / "rows.csv")
+    rows, _ = load(keys, tokenizer, hf_path=path)
+    (warning,) = rows.report.warnings
+    assert warning.startswith("an empty reply")
+    assert warning.endswith("(1 of 3 rows: " + path + ", line 3)")
+    for bad in ({"prompt": "a", "completion": ""}, {"messages": [{"role": "assistant", "content": []}]}):
+        write([bad, bad])
+        with pytest.raises(UserError, match=r"a reply is empty in each of its 2 rows \(first: .*line 1\)"):
+            load(keys, tokenizer)
+
+
 def test_formatter_runs_before_the_columns_are_checked(write, keys, tokenizer, tmp_path):
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     write([{"conversations": turns}])
@@ -160,6 +228,29 @@ def test_formatter_runs_before_the_columns_are_checked(write, keys, tokenizer, t
     dropped, _ = load(keys, tokenizer, **values, formatting_func_kwargs={"drop_system": True})
     assert "system" in tokenizer.decode(kept.example(0).ids_T)
     assert "system" not in tokenizer.decode(dropped.example(0).ids_T)
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted", "schema"),
+    [
+        ("row['text'] = 't'", None, "text"),
+        ("row['text'] = 't'", ["question", "answer"], "text"),
+        ("row['text'] = 't'; row['answer'] = row['answer'].upper()", ["question", "answer"], "question"),
+        ("row['text'] = 't'; row['prompt'] = 'p'; row['completion'] = 'c'", ["text"], "text"),
+        ("row['text'] = 't'; row['prompt'] = 'p'; row['completion'] = 'c'", None, "prompt"),
+        ("row['answer'] = 'b'", None, "question"),
+        ("row['note'] = 'b'", {"prompt": "question", "completion": "answer"}, "prompt"),
+        ("row['messages'] = [{'role': 'user', 'content': 'a'}]", ["id"], "messages"),
+    ],
+)
+def test_key_wins_over_added_columns_where_the_formatter_made_what_it_names(
+    write, keys, tmp_path, body, wanted, schema
+):
+    write([row | {"id": "1"} for row in EXCHANGES])
+    (tmp_path / "mine.py").write_text(f"def made(row):\n    {body}\n    return row\n")
+    config = keys(train_data_columns=wanted, formatting_func_path=f"{tmp_path}/mine.py:made")
+    rows, _ = source.open_rows(config)
+    assert source.selection(config, rows).schema == schema
 
 
 def test_held_out_rows(write, keys, tokenizer, tmp_path):
@@ -207,7 +298,7 @@ def test_hosts_share_the_rows_and_the_last_batch_is_filled_up(unpacked, batch_si
         assert not last["batch"].mask_BT[filler].any()
 
 
-@pytest.mark.parametrize("num_epochs", [3.0, None])
+@pytest.mark.parametrize("num_epochs", [3.0, 5.5])
 def test_state_resumes_with_the_same_batches(unpacked, num_epochs):
     options = {"batch_size": 3, "seed": 5, "shuffle": True, "num_epochs": num_epochs}
     whole = source.batches(unpacked.packed, **options)
@@ -226,15 +317,89 @@ def test_state_resumes_with_the_same_batches(unpacked, num_epochs):
     np.testing.assert_array_equal(next(whole)["rows"], expected[0]["rows"])
 
 
+@pytest.mark.parametrize("process_count", [1, 5])
+@pytest.mark.parametrize("first_epochs", [0.5, 1.0])
+def test_more_epochs_go_on_with_the_first_row_not_yet_seen(write, keys, tokenizer, process_count, first_epochs):
+    write(EXCHANGES[:12])
+    rows, _ = load(keys, tokenizer, packing=False)
+
+    def loaders(num_epochs):
+        options = {"batch_size": 5 // process_count, "seed": 3, "shuffle": True, "num_epochs": num_epochs}
+        shared = {"process_count": process_count, **options}
+        return [source.batches(rows.packed, process_index=i, **shared) for i in range(process_count)]
+
+    def order(items):
+        """Rows in the order of all processes together."""
+        return [int(row) for step in zip(*items, strict=True) for item in step for row in item["rows"] if row >= 0]
+
+    seen, states = [], [None] * process_count
+    for num_epochs in (first_epochs, 2.0):
+        resumed = loaders(num_epochs)
+        for loader, state in zip(resumed, states, strict=True):
+            if state is not None:
+                loader.set_state(state)
+        left = len(resumed[0])
+        items = [list(loader) for loader in resumed]
+        assert {len(share) for share in items} == {left}
+        seen += order(items)
+        states = [json.loads(json.dumps(loader.get_state())) for loader in resumed]
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+    assert seen == order([list(loader) for loader in loaders(2.0)])
+    assert states == [{"rows": 24, "batch_size": 5, "fingerprint": states[0]["fingerprint"]}] * process_count
+
+
+def test_state_of_other_batches_is_refused(unpacked):
+    state = source.batches(unpacked.packed, batch_size=3, seed=0, shuffle=True).get_state()
+    with pytest.raises(UserError, match="begun with 3 rows in a step .* go on with 8.*run_name"):
+        source.batches(unpacked.packed, batch_size=4, process_count=2, seed=0, shuffle=True).set_state(state)
+    source.batches(unpacked.packed, batch_size=1, process_count=3, seed=0, shuffle=True, num_epochs=2).set_state(state)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"chat_template": templates.LLAMA3},
+        {"sft_train_on_completion_only": False},
+        {"max_target_length": 65},
+        {"packing": True},
+        {"train_split": "train[:39]"},
+        {"seed": 1},
+        {"enable_data_shuffling": False},
+    ],
+)
+def test_state_of_other_rows_is_refused(write, keys, tokenizer, changed):
+    write(EXCHANGES)
+
+    def loader(**values):
+        config = keys(**{"packing": False, **values})
+        rows, _ = source.load(config, tokenizer)
+        return source.batches(rows.packed, batch_size=3, seed=config.seed, shuffle=config.enable_data_shuffling)
+
+    state = loader().get_state()
+    loader().set_state(state)
+    with pytest.raises(UserError, match="not those that the run was begun with.*run_name"):
+        loader(**changed).set_state(state)
+
+
+def test_state_does_not_depend_on_how_the_same_tokens_were_made(write, keys, tokenizer, tmp_path):
+    path = write(EXCHANGES)
+    first, _ = load(keys, tokenizer)
+    write([row | {"id": 5} for row in EXCHANGES], "other.jsonl")
+    other, _ = load(keys, tokenizer, hf_path=str(path.with_name("other.jsonl")))
+    assert other.packed.tokens.folder != first.packed.tokens.folder
+    assert other.packed.fingerprint == first.packed.fingerprint
+
+
 def test_number_of_batches_is_known(unpacked):
     batches = source.batches(unpacked.packed, batch_size=7, seed=0, shuffle=True, num_epochs=1.5)
     assert len(batches) == len(list(batches)) == 9
+    assert len(batches) == 0
     assert next(batches, None) is None
 
 
 @pytest.mark.multiprocess
 def test_worker_processes_give_the_same_batches(unpacked, monkeypatch):
-    monkeypatch.setattr("luthier.data.batches.WORTH_PROCESSES", 1)
+    monkeypatch.setattr("luthier.data.batches.TOKENS_WORTH_PROCESSES", 1)
     expected = all_batches(unpacked, batch_size=8)
     found = all_batches(unpacked, batch_size=8, worker_count=2)
     for item, other in zip(expected, found, strict=True):

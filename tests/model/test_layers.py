@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from compare import TOLERANCE, assert_close
 
+from luthier import mesh
+from luthier.config import ModelKeys
 from luthier.model import layers, param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
@@ -83,16 +86,16 @@ def test_remat_changes_memory_and_no_gradient() -> None:
         jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), gradients[policy], gradients["none"])
 
 
-def test_dots_saves_what_its_docstring_says() -> None:
+@pytest.mark.parametrize("devices", [1, 8])
+def test_dots_saves_what_its_docstring_says(devices: int) -> None:
     """Per layer: its input, q, k, v, o and log-sum-exp, o's projection, gate and up; no copy of a weight."""
-    model, batch = Model.from_hf(TINY, "tiny"), make_batch(rows=4, length=64)
-    params = jax.eval_shape(
-        lambda key: param.map_spec(lambda p: jax.random.normal(key, p.shape), model.spec), jax.random.key(0)
-    )
+    model, batch = Model.from_hf(TINY, "tiny"), make_batch(rows=8, length=64)
     hidden = lambda params: model.hidden(params, batch, Compute(remat="dots"))  # noqa: E731
-    _, backward = jax.eval_shape(lambda params: jax.vjp(hidden, params), params)
+    with mesh.use(mesh.make(ModelKeys(ici_tensor_parallelism=min(devices, 2)), jax.devices()[:devices])) as here:
+        params = param.abstract(model.spec, jnp.float32, here)
+        _, backward = jax.eval_shape(lambda params: jax.vjp(hidden, params), params)
     stacked = [x for x in jax.tree.leaves(backward) if x.ndim > 2 and x.shape[0] == TINY["num_hidden_layers"]]
     weights = [x.shape for x in jax.tree.leaves(params["layers"])]
-    activations = sorted(int(np.prod(x.shape[1:])) // 4 // 64 for x in stacked if x.shape not in weights)
+    activations = sorted(math.prod(x.shape) // (3 * 8 * 64) for x in stacked if x.shape not in weights)
     assert activations == sorted([64, 64, 32, 32, 64, 4, 64, 128, 128])
     assert len(stacked) - len(activations) <= len(weights)

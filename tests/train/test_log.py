@@ -86,6 +86,8 @@ def test_resuming_drops_the_rows_that_are_taken_again(tmp_path: Path) -> None:
 def test_peaks_are_found_by_the_devices_name(kind: str, tflops: float) -> None:
     assert metrics.peak_flops(kind) == tflops * 1e12
     assert metrics.peak_flops("cpu") is None
+    assert metrics.peak_flops("NVIDIA L40") is None
+    assert metrics.peak_flops("NVIDIA RTX A1000") is None
 
 
 def test_flops_of_a_token_are_those_of_the_papers_formula() -> None:

@@ -48,10 +48,10 @@ def test_the_estimate_is_near_the_compilers_count(policy: str) -> None:
 def test_a_plan_over_the_limit_says_what_fits() -> None:
     plan = memory.Plan(fixed=10 * memory.GIB, per_row=2 * memory.GIB)
     memory.check(config(per_device_batch_size=4), plan, limit=18 * memory.GIB)
+    memory.check(config(per_device_batch_size=4), plan, limit=14 * memory.GIB)  # the estimate may be a third too high
     memory.check(config(per_device_batch_size=400), plan, limit=None)
-    with pytest.raises(
-        UserError, match=r"needs about 26\.0 GiB .* 18\.5 GiB are free: per_device_batch_size=4 fits"
-    ) as no:
+    words = r"needs about 26\.0 GiB .* 18\.5 GiB are free: per_device_batch_size=4 fits"
+    with pytest.raises(UserError, match=words) as no:
         memory.check(config(per_device_batch_size=8), plan, limit=18.5 * memory.GIB)
     assert "gradient_accumulation_steps=2 the step stays the same" in str(no.value)
     with pytest.raises(UserError, match="not even one row fits: set remat_policy=full, mu_dtype=bfloat16"):
@@ -59,7 +59,6 @@ def test_a_plan_over_the_limit_says_what_fits() -> None:
 
 
 def test_more_devices_take_less_each() -> None:
-    one, eight = (
-        memory.estimate(config(), MODEL, mesh_lib.make(config(), jax.devices()[:n]), Compute()) for n in (1, 8)
-    )
+    meshes = [mesh_lib.make(config(), jax.devices()[:n]) for n in (1, 8)]
+    one, eight = (memory.estimate(config(), MODEL, mesh, Compute()) for mesh in meshes)
     assert eight.fixed < one.fixed

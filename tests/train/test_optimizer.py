@@ -121,7 +121,7 @@ def test_clipping_bounds_the_norm() -> None:
         ("constant", {0: 0.1, 9: 1.0, 10: 1.0, 99: 1.0}),
         ("linear", {0: 0.1, 9: 1.0, 10: 1.0, 55: 0.6, 100: 0.2}),
         ("cosine", {0: 0.1, 10: 1.0, 55: 0.6, 100: 0.2}),
-        ("wsd", {0: 0.1, 10: 1.0, 81: 1.0, 91: 0.6, 100: 0.2}),
+        ("wsd", {0: 0.1, 10: 1.0, 80: 1.0, 90: 0.6, 100: 0.2}),
     ],
 )
 def test_schedules(kind: str, expected: dict[int, float]) -> None:
