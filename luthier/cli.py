@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from luthier import __version__
+from luthier import __version__, runtime
 from luthier.errors import RunError, UserError, did_you_mean
 
 
@@ -44,6 +44,9 @@ COMMANDS = {
     ),
     "keys": Command("[command]", "List every key of a command: type, default, meaning.", "luthier.commands.keys"),
 }
+
+TRAINING = {"sft"}
+"""Commands whose process is set up for heavy work first."""
 
 USAGE = """\
 Usage: luthier COMMAND ...
@@ -89,9 +92,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def entry() -> None:
-    """Serve as the console script."""
-    raise SystemExit(main(sys.argv[1:]))
+def entry(*command: str) -> None:
+    """Serve as the console script, and with a ``command`` as ``python -m`` of that command's module."""
+    arguments = [*command, *sys.argv[1:]]
+    if arguments and arguments[0] in TRAINING:
+        runtime.tune_allocator()
+    raise SystemExit(main(arguments))
 
 
 def usage() -> str:

@@ -9,8 +9,10 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from luthier.config import RunKeys
+if TYPE_CHECKING:
+    from luthier.config import RunKeys
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

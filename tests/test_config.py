@@ -123,7 +123,7 @@ def test_variables_of_others_are_not_read():
         (["num_epoch=0"], ["num_epoch=0", "greater than 0"]),
         (["per_device_batch_size=-4"], ["per_device_batch_size=-4", "greater than 0"]),
         (["learning_rate=nan"], ["learning_rate=nan", "finite"]),
-        (["learning_rate=-1"], ["learning_rate=-1", "greater than or equal to 0"]),
+        (["learning_rate=-1"], ["learning_rate=-1", "greater than 0"]),
         (["packing=maybe"], ["packing=maybe", "true or false"]),
         (["dtype=fp16"], ["dtype=fp16", "bfloat16", "float32"]),
         (["train_data_columns=messages"], ["train_data_columns=messages", "list", "['messages']"]),

@@ -30,13 +30,15 @@ class Model:
     def from_hf(cls, config: Mapping[str, Any], place: str) -> Model:
         """Read a ``config.json`` that was found at ``place``.
 
-        Raises UserError where the model is of no known family or lacks a field.
+        Raises UserError where the model is of no known family, lacks a field or has a wrong one.
         """
         family = families.find(config, place)
         try:
             return cls(family, family.Config.from_hf(config))
         except KeyError as error:
             raise UserError(f"{place}: config.json lacks {error}. Take the model's original config.json.") from None
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
 
     @cached_property
     def spec(self) -> Tree:

@@ -9,11 +9,9 @@ Left out on purpose: sampling from the model while it trains.
 from __future__ import annotations
 
 if __name__ == "__main__":  # the command line is parsed before anything heavy is imported
-    import sys
+    from luthier.cli import entry
 
-    from luthier.cli import main
-
-    raise SystemExit(main(["sft", *sys.argv[1:]]))
+    entry("sft")
 
 import contextlib
 import math
@@ -94,7 +92,7 @@ def run(config: SftConfig) -> None:
 
 
 def train(
-    this: Run, checkpoints: Checkpoints | None, state: step.TrainState, data_state: dict[str, Any] | None
+    this: Run, checkpoints: Checkpoints | None, state: step.TrainState, data_state: Any
 ) -> tuple[step.TrainState, report.Evaluations]:
     """Take the steps that are left from ``state``; return the last state and the evaluations by step."""
     config, job, done = this.job.config, this.job, int(state.step)
@@ -110,6 +108,7 @@ def train(
             return state, writer.evaluations
         _look(this, log, writer.evaluations, done, state.params)
         advance = this.programs.train.result()
+        runtime.release_free_memory()
         report.compiled(this.console, advance)
         log.restart_clock()
         this.stop.armed = True
@@ -124,7 +123,7 @@ def train(
             last = number == this.total or stopped is not None
             if checkpoints is not None and (last or number % config.checkpoint_period == 0):
                 log.flush()  # raises where the step is not finite: it must not be saved
-                checkpoints.save(number, state, loader.get_state())
+                checkpoints.save(number, state, dict(loader.get_state()))
                 log.restart_clock()
             if stopped is not None:
                 log.flush()

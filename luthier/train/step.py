@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from luthier import mesh as mesh_lib
 from luthier.algorithms import is_linear, masked
-from luthier.model import param
+from luthier.model import cpu, param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.model.param import Tree
@@ -68,7 +68,7 @@ def make_train_step(
         metrics = _means(totals) | {"grad_norm": optax.global_norm(gradient)}
         return TrainState(params, opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=cpu.compiler_options())
 
 
 def make_eval_step(model: Model, algorithm: Algorithm, compute: Compute) -> Callable[[Tree, Batch], Totals]:

@@ -5,6 +5,7 @@ Left out on purpose: pretraining_tp, which no released checkpoint needs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,6 +22,7 @@ from luthier.model.param import Param, Tree, stacked
 from luthier.model.rope import Rope, inverse_frequencies
 
 MODEL_TYPES = ("llama",)
+_ORIGINAL = "Take the model's original config.json."
 
 
 @dataclass(frozen=True)
@@ -42,25 +44,47 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Read a ``config.json``, with Transformers' defaults for what it leaves out."""
+        """Read a ``config.json``, with Transformers' defaults for what it leaves out.
+
+        Raises UserError for a value that is of the wrong kind or not supported, KeyError for one that is missing.
+        """
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
             raise UserError(f"config.json: hidden_act=`{activation}` is not supported for llama; silu is.")
-        heads = config["num_attention_heads"]
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope=Rope.from_hf(config),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            attention_bias=config.get("attention_bias", False),
-            mlp_bias=config.get("mlp_bias", False),
-        )
+        flags = {name: config.get(name) or False for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+        rope, epsilon = Rope.from_hf(config), config.get("rms_norm_eps", 1e-6)
+        numbers = {"rms_norm_eps": epsilon} | {key: value for key, value in vars(rope).items() if key != "rope_type"}
+        for name, value in flags.items():
+            if type(value) is not bool:
+                raise UserError(f"config.json: {name}={json.dumps(value)} is not true or false. {_ORIGINAL}")
+        for name, value in numbers.items():
+            if type(value) not in (int, float) or value <= 0:
+                raise UserError(f"config.json: {name}={json.dumps(value)} is not a positive number. {_ORIGINAL}")
+        return cls(**_sizes(config), rms_norm_eps=epsilon, rope=rope, **flags)
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes of a ``config.json``, after checking that they are sizes and divide as attention needs."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: config[name] for name in names}
+    given = {name: config.get(name) for name in ("num_key_value_heads", "head_dim")}
+    sizes |= {name: value for name, value in given.items() if value is not None}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"config.json: {name}={json.dumps(value)} is not a positive integer. {_ORIGINAL}")
+
+    def divide(name: str, by: str) -> int:
+        if sizes[name] % sizes[by]:
+            raise UserError(f"config.json: {name}={sizes[name]} is not a multiple of {by}={sizes[by]}. {_ORIGINAL}")
+        return sizes[name] // sizes[by]
+
+    sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
+    divide("num_attention_heads", "num_key_value_heads")
+    if "head_dim" not in sizes:
+        sizes["head_dim"] = divide("hidden_size", "num_attention_heads")
+    if sizes["head_dim"] % 2:
+        raise UserError(f"config.json: head_dim={sizes['head_dim']} is odd; rotary positions turn pairs. {_ORIGINAL}")
+    return sizes
 
 
 def spec(config: Config) -> Tree:
