@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from luthier import mesh as mesh_lib
+from luthier.checkpoint import disk
 from luthier.checkpoint import tensors as files
 from luthier.checkpoint import tokenizer as tokenizer_files
 from luthier.checkpoint.source import Source
@@ -93,8 +94,9 @@ def save(
     """Write ``folder`` as Transformers reads it, and put it in its place only when it is whole; every process calls it.
 
     ``dtype`` is the type of the weights, ``auto`` the type that each tensor was loaded in. ``chat_template`` replaces
-    the tokenizer's own, ``card`` is the text of README.md. A failure leaves the folder that was there before. The one
-    gap is between two renames: a machine that dies just there leaves the old model as ``.NAME.old``.
+    the tokenizer's own, ``card`` is the text of README.md. A failure leaves the folder that was there before; where the
+    disk refuses it is a RunError. The one gap is between two renames: a machine that dies just there leaves the old
+    model as ``.NAME.old``.
     """
     shards = files.shard(_outgoing(params, spec, source, dtype), shard_limit)
     documents: dict[str, Any] = {
@@ -105,7 +107,8 @@ def save(
     if len(shards) > 1:
         documents[files.INDEX] = files.index(shards)
     if jax.process_index() == 0:
-        _write(folder, shards, documents, partial(tokenizer_files.save, tokenizer, chat_template=chat_template))
+        with disk.writing(folder, "the model", partial(_what_stands, folder, shards)):
+            _write(folder, shards, documents, partial(tokenizer_files.save, tokenizer, chat_template=chat_template))
     else:
         for tensor in (tensor for group in shards.values() for tensor in group.values()):
             tensor.read()
@@ -193,12 +196,26 @@ def _write(folder: Path, shards: Shards, documents: dict[str, Any], write_tokeni
         shutil.rmtree(new, ignore_errors=True)
 
 
+def _what_stands(folder: Path, shards: Shards) -> str:
+    size = sum(tensor.nbytes for group in shards.values() for tensor in group.values())
+    there = "The model that was there before stands" if folder.exists() else "No model is there"
+    return (
+        f"{there}, and no checkpoint was touched. Have {size / 1e9:.2f} GB free and the folder writable, and run the "
+        "same command again: it goes on from the last checkpoint."
+    )
+
+
 def _replace(new: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -217,9 +234,8 @@ def _saved_config(source: Source, shards: Shards) -> dict[str, Any]:
 
 
 def _generation_config(source: Source) -> dict[str, Any]:
-    path = source.path / "generation_config.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    if source.generation_config is not None:
+        return source.generation_config
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: source.config[name] for name in ids if source.config.get(name) is not None}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +42,9 @@ _ACCEPTED = "Give a Hugging Face folder, a hub id, a .gguf file or a Luthier run
 class Source:
     """A model to start from.
 
-    ``name`` is what a model card calls it, ``path`` its folder or ``.gguf`` file, ``config`` its ``config.json``, and
-    ``hub_id`` is set where it came from the hub. ``random`` has no tensors: its weights are to be initialised.
+    ``name`` is what a model card calls it, ``path`` its folder or ``.gguf`` file, ``config`` its ``config.json``,
+    ``generation_config`` the file of that name where there is one, and ``hub_id`` is set where it came from the hub.
+    ``random`` has no tensors: its weights are to be initialised.
     """
 
     kind: Literal["huggingface", "gguf", "random"]
@@ -51,6 +52,7 @@ class Source:
     path: Path
     config: dict[str, Any]
     hub_id: str = ""
+    generation_config: dict[str, Any] | None = None
     token: str | None = field(default=None, repr=False)
 
     @cached_property
@@ -79,7 +81,7 @@ def resolve(keys: ModelKeys) -> Source:
     key = "model_name" if name == keys.model_name else "load_parameters_path"
     source = _find(name, key, keys.hf_access_token)
     if random:
-        return Source("random", source.name, source.path, source.config, source.hub_id, source.token)
+        return replace(source, kind="random")
     return source
 
 
@@ -98,7 +100,7 @@ def _find(name: str, key: str, token: str | None) -> Source:
         hint = did_you_mean(name, list(MAXTEXT_NAMES))
         raise UserError(f"{key}={name}: no such folder, and no model name known here.{hint} {_ACCEPTED}")
     folder = hub.fetch(hub_id, hub.SMALL_FILES, token)
-    return Source("huggingface", hub_id, folder, _read_config(folder, f"{key}={name}"), hub_id, token)
+    return replace(_hugging_face(folder, hub_id, f"{key}={name}"), hub_id=hub_id, token=token)
 
 
 def _file(path: Path, name: str, key: str) -> Source:
@@ -110,9 +112,9 @@ def _file(path: Path, name: str, key: str) -> Source:
 def _folder(folder: Path, name: str, key: str) -> Source:
     place = f"{key}={name}"
     if (folder / "config.json").is_file():
-        return Source("huggingface", name, folder, _read_config(folder, place))
+        return _hugging_face(folder, name, place)
     if (folder / "model" / "config.json").is_file():
-        return Source("huggingface", name, folder / "model", _read_config(folder / "model", place))
+        return _hugging_face(folder / "model", name, place)
     if _is_orbax(folder) or _is_orbax(folder / "items"):
         raise UserError(
             f"{place}: a MaxText (Orbax) checkpoint, which this version does not read. Convert it with MaxText's "
@@ -128,6 +130,14 @@ def _folder(folder: Path, name: str, key: str) -> Source:
     raise UserError(f"{place}: no config.json in this folder. {_ACCEPTED}")
 
 
+def _hugging_face(folder: Path, name: str, place: str) -> Source:
+    config, generation = _read_config(folder, place), folder / "generation_config.json"
+    # Needed only after training, when a mistake in it would come too late.
+    return Source(
+        "huggingface", name, folder, config, generation_config=_read_json(generation) if generation.is_file() else None
+    )
+
+
 def _is_orbax(folder: Path) -> bool:
     return any(
         (folder / mark).exists() for mark in ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", "_sharding")
@@ -138,13 +148,22 @@ def _read_config(folder: Path, place: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{place}: no config.json there. {_ACCEPTED}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = _read_json(path)
+    if "model_type" not in config:
         raise UserError(f"{path}: no `model_type`, so it is not a model's config.json.")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise UserError(f"{place}: quantised with {method}, which cannot be trained. Give the unquantised checkpoint.")
     return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise UserError(f"{path}: not valid JSON: {error}. Download it again.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object. Take the model's original file.")
+    return content

@@ -7,7 +7,9 @@ the one before. Left out on purpose: when to save (the training loop knows), and
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from luthier.errors import UserError
+from luthier.checkpoint import disk
+from luthier.errors import RunError, UserError
 
 Tree = Any
 
@@ -27,6 +30,9 @@ class Checkpoints:
     ``keep`` is how many of the newest stay; an older one goes only after a newer one is whole. With ``asynchronous``,
     ``save`` returns when the arrays are copied and writes while training goes on. Use it as a context, or ``close`` it,
     so that what is being written is finished.
+
+    A disk that refuses raises RunError, which says what still stands: at once, or where the writing goes on behind
+    training, from the next ``save`` or from ``close``.
     """
 
     def __init__(self, folder: Path, *, keep: int = 1, asynchronous: bool = True) -> None:
@@ -37,7 +43,9 @@ class Checkpoints:
             max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        logging.getLogger("absl").addFilter(_not_raised_anyway)
+        with self._writing():
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         self._args = ocp.args
 
     def __enter__(self) -> Self:
@@ -46,7 +54,12 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except RunError as unsaved:
+            if not isinstance(error, Exception):  # a signal's exit, too, has promised a checkpoint
+                raise
+            error.add_note(str(unsaved))  # what ended the run comes first
 
     def latest(self) -> int | None:
         """Return the newest whole step, or None."""
@@ -60,7 +73,8 @@ class Checkpoints:
             "state": self._args.StandardSave(state),
             "data": self._args.JsonSave({"processes": _gather(data)}),
         }
-        self._manager.save(step, args=self._args.Composite(**items), force=True)
+        with self._writing():
+            self._manager.save(step, args=self._args.Composite(**items), force=True)
 
     def restore(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
         """Return the state and this process's data of ``step``, by default the newest.
@@ -85,8 +99,21 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finish what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return disk.writing(self._folder, "a checkpoint", self._what_stands)
+
+    def _what_stands(self) -> str:
+        whole = [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
+        remedy = "Free space or mend the folder, and run the same command again"
+        if not whole:
+            return f"No checkpoint is there. {remedy}."
+        return f"The checkpoint of step {max(whole)} stands. {remedy}: it goes on from there."
 
     def _check(self, step: int, abstract: Tree, place: Path) -> None:
         """Compare names, shapes and types with the checkpoint's metadata, since Orbax would cast or crop silently."""
@@ -100,6 +127,11 @@ class Checkpoints:
                 f"`{first}`: {found.get(first, 'missing')} saved, {wanted.get(first, 'none')} wanted. "
                 "Resume with the same model, optimizer and types, or set another run_name."
             )
+
+
+def _not_raised_anyway(record: logging.LogRecord) -> bool:
+    """Keep Orbax from printing the traceback of an error in each of its threads, all of which it raises here too."""
+    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
 
 
 def _shapes(tree: Tree) -> dict[str, str]:

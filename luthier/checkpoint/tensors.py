@@ -61,7 +61,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     """
     index = folder / INDEX
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = _shards(index)
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise UserError(
@@ -82,13 +82,17 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
             raise UserError(f"{path}: not a safetensors file. Download it again (a Git LFS pointer, perhaps).")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+        text = file.read(length)
     start = 8 + length
-    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end > size:
-        raise UserError(f"{path}: cut short at {size:,} of {end:,} bytes. Download it again.")
-    return {name: _stored(path, name, entry, start) for name, entry in header.items()}
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end > size:
+            raise UserError(f"{path}: cut short at {size:,} of {end:,} bytes. Download it again.")
+        return {name: _stored(path, name, entry, start) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path}: its header is garbled, so it is damaged. Download it again.") from None
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
@@ -137,6 +141,15 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     room = np.empty(size + 64, np.uint8)
     start = -room.ctypes.data % 64
     return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{index}: no JSON with a `weight_map` from tensors to files, so it is damaged. Download it again."
+        ) from None
 
 
 def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stored:

@@ -52,7 +52,6 @@ class Run:
     job: Job
     rows: TokenRows
     held_out: TokenRows | None
-    total: int
     programs: Programs
     place: Path
     console: Console
@@ -85,7 +84,7 @@ def run(config: SftConfig) -> None:
             # Not sooner: compiling cannot be broken off, and nothing that a user mends should wait for it.
             programs = compile_steps(job, sft, background)
             state, data_state = load_state(job, checkpoints)
-            this = Run(job, rows, held_out, total, programs, place, console, stop)
+            this = Run(job, rows, held_out, programs, place, console, stop)
             state, evaluations = train(this, checkpoints, state, data_state)
         report.export(job, state.params, tokenizer, place / "model")
         report.summary(console, place, evaluations)
@@ -96,15 +95,17 @@ def train(
 ) -> tuple[step.TrainState, report.Evaluations]:
     """Take the steps that are left from ``state``; return the last state and the evaluations by step."""
     config, job, done = this.job.config, this.job, int(state.step)
-    rate = optimizer.schedule(config, this.total)
-    loader = _batches(job, this.rows, epochs=_epochs(this), shuffle=config.enable_data_shuffling)
+    loader = _batches(job, this.rows, epochs=_epochs(job, len(this.rows)), shuffle=config.enable_data_shuffling)
     if data_state is not None:
         loader.set_state(data_state)
-        this.console.print(f"Going on after step {done} of {this.total}.")
+    total = done + len(loader) if config.steps == -1 else min(config.steps, done + len(loader))
+    if done:
+        this.console.print(f"Going on after step {done} of {total}.")
+    rate = optimizer.schedule(config, total)
     profile = Profile(config, this.place / "profile", done + 1)
-    with metrics.Writer(this.place, done) as writer, display.Steps(this.console, this.total, done) as shown:
+    with metrics.Writer(this.place, done) as writer, display.Steps(this.console, total, done) as shown:
         log = Log(writer, shown, lambda rows: _names(this.rows, rows), period=config.log_period, **report.speeds(job))
-        if done == this.total:
+        if done == total:
             return state, writer.evaluations
         _look(this, log, writer.evaluations, done, state.params)
         advance = this.programs.train.result()
@@ -112,7 +113,7 @@ def train(
         report.compiled(this.console, advance)
         log.restart_clock()
         this.stop.armed = True
-        for number in range(done + 1, this.total + 1):
+        for number in range(done + 1, total + 1):
             profile.before(number, state)
             item = next(loader)
             batch = step.place(item["batch"], job.mesh, accumulate=config.gradient_accumulation_steps)
@@ -120,25 +121,23 @@ def train(
             state, values = advance(state, batch, np.float32(learning_rate))
             log.push(number, values, item["rows"], learning_rate)
             stopped = this.stop.requested  # read once: a signal that comes later is for the next step
-            last = number == this.total or stopped is not None
+            last = number == total or stopped is not None
             if checkpoints is not None and (last or number % config.checkpoint_period == 0):
                 log.flush()  # raises where the step is not finite: it must not be saved
                 checkpoints.save(number, state, dict(loader.get_state()))
                 log.restart_clock()
             if stopped is not None:
                 log.flush()
-                after = (
-                    "Nothing is saved: enable_checkpointing is off."
-                    if checkpoints is None
-                    else "The same command goes on."
-                )
-                this.console.print(f"Stopped by {stopped.name} after step {number}. {after}")
+                saved = "Nothing is saved" if checkpoints is None else "Saved: the same command goes on"
+                this.console.print(f"Stopped by {stopped.name} after step {number}. {saved}.")
                 raise SystemExit(EXIT_CODES[stopped])
             if last or (config.eval_interval > 0 and number % config.eval_interval == 0):
                 log.flush()
                 _look(this, log, writer.evaluations, number, state.params)
         this.stop.armed = False
         profile.close(state)
+    if this.stop.requested is not None:  # during the last step, which is saved
+        raise SystemExit(EXIT_CODES[this.stop.requested])
     if profile.due:
         display.warn(this.console, "no trace was written: the run ended within skip_first_n_steps_for_profiler.")
     loader.close()
@@ -147,11 +146,8 @@ def train(
 
 def total_steps(job: Job, rows: int) -> int:
     """Return the number of steps: ``steps`` or what ``num_epoch`` gives, whichever ends first."""
-    steps, epochs = job.config.steps, job.config.num_epoch
-    if epochs is None and steps != -1:
-        return steps
-    in_epochs = math.ceil(math.ceil((epochs or 1.0) * rows) / job.step_rows)
-    return in_epochs if steps == -1 else min(steps, in_epochs)
+    in_epochs = math.ceil(math.ceil(_epochs(job, rows) * rows) / job.step_rows)
+    return in_epochs if job.config.steps == -1 else min(job.config.steps, in_epochs)
 
 
 def _look(this: Run, log: Log, evaluations: report.Evaluations, number: int, params: Tree) -> None:
@@ -164,12 +160,12 @@ def _look(this: Run, log: Log, evaluations: report.Evaluations, number: int, par
     log.evaluation(number, evaluations[number])
 
 
-def _epochs(this: Run) -> float:
+def _epochs(job: Job, rows: int) -> float:
     """Return the passes over the rows: as asked for, or enough for the number of steps."""
-    config = this.job.config
-    if config.num_epoch is not None or config.steps == -1:
-        return config.num_epoch or 1.0
-    return math.ceil(this.total * this.job.step_rows / len(this.rows))
+    steps, epochs = job.config.steps, job.config.num_epoch
+    if epochs is not None or steps == -1:
+        return epochs or 1.0
+    return math.ceil(steps * job.step_rows / rows)
 
 
 def _batches(job: Job, rows: TokenRows, *, epochs: float, shuffle: bool, accumulate: int | None = None) -> Batches:

@@ -10,6 +10,7 @@ from huggingface_hub import constants, errors
 from luthier.checkpoint import hub
 from luthier.checkpoint.source import MAXTEXT_NAMES, resolve
 from luthier.errors import UserError
+from luthier.model.model import Model
 from tiny import TINY
 
 
@@ -53,6 +54,24 @@ def broken_config(folder):
     (folder / "config.json").write_text("{")
 
 
+def config_in_another_encoding(folder):
+    (folder / "config.json").write_bytes(b'{"model_type": "\xff"}')
+
+
+def list_for_config(folder):
+    (folder / "config.json").write_text('["model_type"]')
+
+
+def broken_generation_config(folder):
+    write_folder(folder, TINY, {})
+    (folder / "generation_config.json").write_text('{"temperature": ')
+
+
+def list_for_generation_config(folder):
+    write_folder(folder, TINY, {})
+    (folder / "generation_config.json").write_text("[]")
+
+
 def other_json(folder):
     (folder / "config.json").write_text('{"name": "app"}')
 
@@ -69,6 +88,10 @@ def gguf_folder(folder):
         (maxtext, "to_huggingface"),
         (quantised, "quantised with gptq"),
         (broken_config, "not valid JSON"),
+        (config_in_another_encoding, "config.json: not valid JSON"),
+        (list_for_config, "config.json: not a JSON object"),
+        (broken_generation_config, "generation_config.json: not valid JSON"),
+        (list_for_generation_config, "generation_config.json: not a JSON object"),
         (other_json, "no `model_type`"),
         (gguf_folder, "a.gguf"),
     ],
@@ -77,6 +100,37 @@ def test_folders_that_cannot_be_read_say_what_to_do(tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(UserError, match=message):
         resolve(keys(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "64"}, 'hidden_size="64" is not a positive integer'),
+        ({"num_hidden_layers": 3.0}, "num_hidden_layers=3.0 is not a positive integer"),
+        ({"vocab_size": None}, "vocab_size=null is not a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 is not a positive integer"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 is not a positive integer"),
+        ({"intermediate_size": [128]}, r"intermediate_size=\[128\] is not a positive integer"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ({"hidden_size": 66}, "hidden_size=66 is not a multiple of num_attention_heads=4"),
+        ({"head_dim": 15}, "head_dim=15 is odd"),
+        ({"rms_norm_eps": "1e-5"}, 'rms_norm_eps="1e-5" is not a positive number'),
+        ({"rope_theta": 0}, "rope_theta=0 is not a positive number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, 'factor="4" is not a positive number'),
+        ({"tie_word_embeddings": "false"}, 'tie_word_embeddings="false" is not true or false'),
+    ],
+)
+def test_a_wrong_value_in_config_json_is_named_with_its_file(changes, message):
+    with pytest.raises(UserError, match=f"^here/model: config.json: {message}.*original config.json"):
+        Model.from_hf(TINY | changes, "here/model")
+
+
+def test_what_config_json_leaves_out_or_leaves_empty_has_transformers_defaults():
+    empty = {"num_key_value_heads": None, "head_dim": None, "mlp_bias": None}
+    config = Model.from_hf(TINY | empty, "m").config
+    assert (config.num_key_value_heads, config.head_dim, config.mlp_bias) == (4, 16, False)
+    with pytest.raises(UserError, match=r"m: config\.json lacks 'hidden_size'"):
+        Model.from_hf({name: value for name, value in TINY.items() if name != "hidden_size"}, "m")
 
 
 def test_real_maxtext_items_are_refused(data_folder):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from folders import keys, one_device
+from folders import files_of_at_most, keys, one_device
 from jax.sharding import NamedSharding, PartitionSpec
 
 from luthier import mesh as mesh_lib
 from luthier.checkpoint.state import Checkpoints
-from luthier.errors import UserError
+from luthier.errors import RunError, UserError
 from luthier.model import param
 from luthier.model.families import llama
 from tiny import TINY
@@ -114,6 +114,68 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         del wanted["params"]["norm"], wanted["moments"]
         with pytest.raises(UserError, match=r"arrays of the train state differ.*none wanted"):
             checkpoints.restore(wanted)
+
+
+def noise(seed):
+    """Three megabytes that do not compress."""
+    return {"w": jnp.asarray(np.random.default_rng(seed).standard_normal(750_000), jnp.float32)}
+
+
+def save_and_leave(folder, error, asynchronous=True):
+    with Checkpoints(folder, asynchronous=asynchronous) as checkpoints:
+        checkpoints.save(2, noise(0), {"row": 2})
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_refuses_is_one_message_and_the_last_checkpoint_stands(tmp_path, caplog, capfd, asynchronous):
+    with Checkpoints(tmp_path / "c", asynchronous=asynchronous) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(4)}, {"row": 1})
+    with pytest.raises(RunError) as caught, files_of_at_most(1_000_000):
+        save_and_leave(tmp_path / "c", None, asynchronous=asynchronous)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'c'}: a checkpoint could not be written (File too large). ")
+    assert "The checkpoint of step 1 stands. Free space" in message
+    assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, noise(0), {})
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["2"]
+
+
+FULL = OSError(28, "No space left on device")
+FULL_TENSORSTORE = ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']")
+
+
+@pytest.mark.parametrize("error", [FULL, FULL_TENSORSTORE, PermissionError(13, "Permission denied"), ValueError("bug")])
+def test_only_what_the_disk_refuses_is_told_so(tmp_path, monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", refuse)
+        if error.args == ("bug",):
+            with pytest.raises(ValueError, match="bug"):
+                checkpoints.save(1, {"w": jnp.ones(4)}, {})
+        else:
+            reason = "Permission denied" if isinstance(error, PermissionError) else "No space left on device"
+            with pytest.raises(RunError, match=rf"could not be written \({reason}\)"):
+                checkpoints.save(1, {"w": jnp.ones(4)}, {})
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file/c: a checkpoint could not be written"):
+        Checkpoints(tmp_path / "file" / "c")
+
+
+def test_what_ended_the_run_comes_before_the_checkpoint_that_failed_with_it(tmp_path):
+    with pytest.raises(RunError, match="loss nan") as caught, files_of_at_most(1_000_000):
+        save_and_leave(tmp_path / "c", RunError("loss nan"))
+    assert "No checkpoint is there" in caught.value.__notes__[0]
+    with pytest.raises(RunError, match="No checkpoint is there"), files_of_at_most(1_000_000):
+        save_and_leave(tmp_path / "d", SystemExit(143))
 
 
 KILLED = """

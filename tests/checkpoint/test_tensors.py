@@ -56,6 +56,24 @@ def test_a_pointer_in_place_of_a_file_is_refused(tmp_path):
         tensors.read_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [b"not JSON", b"[1, 2]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b"\xff\xfe", b'{"a": {"data_offsets": ["x"]}}'],
+)
+def test_a_garbled_header_is_refused_with_its_file(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match=r"model.safetensors: its header is garbled.*Download it again"):
+        tensors.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": {}}}'])
+def test_a_garbled_index_is_refused_with_its_file(tmp_path, index):
+    (tmp_path / tensors.INDEX).write_text(index)
+    with pytest.raises(UserError, match=r"model.safetensors.index.json: no JSON with a `weight_map`"):
+        tensors.read_folder(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / tensors.INDEX).write_text(json.dumps(index))

@@ -296,7 +296,7 @@ def test_wrong_formatters(formatters, write, path, expected):
 
 
 def test_missing_formatter_is_not_blamed_on_a_row(formatters, write):
-    with pytest.raises(UserError, match="^formatting_func_path=other.py:f: no file other.py"):
+    with pytest.raises(UserError, match=r"^formatting_func_path=other.py:f: no file other.py"):
         Formatted(opened(write(ROWS)), "other.py:f", {})
 
 

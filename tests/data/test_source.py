@@ -154,7 +154,7 @@ def test_cache_folder_that_cannot_be_made_is_said_before_rows_are_read(write, ke
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(store, "tokenise_range", None)
-    with pytest.raises(RunError, match="cannot write tokens to .*XDG_CACHE_HOME"):
+    with pytest.raises(RunError, match=r"cannot write tokens to .*XDG_CACHE_HOME"):
         load(keys, tokenizer)
 
 
@@ -350,7 +350,7 @@ def test_more_epochs_go_on_with_the_first_row_not_yet_seen(write, keys, tokenize
 
 def test_state_of_other_batches_is_refused(unpacked):
     state = source.batches(unpacked.packed, batch_size=3, seed=0, shuffle=True).get_state()
-    with pytest.raises(UserError, match="begun with 3 rows in a step .* go on with 8.*run_name"):
+    with pytest.raises(UserError, match=r"begun with 3 rows in a step .* go on with 8.*run_name"):
         source.batches(unpacked.packed, batch_size=4, process_count=2, seed=0, shuffle=True).set_state(state)
     source.batches(unpacked.packed, batch_size=1, process_count=3, seed=0, shuffle=True, num_epochs=2).set_state(state)
 
@@ -377,7 +377,7 @@ def test_state_of_other_rows_is_refused(write, keys, tokenizer, changed):
 
     state = loader().get_state()
     loader().set_state(state)
-    with pytest.raises(UserError, match="not those that the run was begun with.*run_name"):
+    with pytest.raises(UserError, match=r"not those that the run was begun with.*run_name"):
         loader(**changed).set_state(state)
 
 

@@ -184,3 +184,40 @@ def test_a_trace_is_written(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -
     traces = list((tmp_path / "run" / "profile").glob("plugins/profile/*/*.xplane.pb"))
     assert len(traces) == 1
     assert traces[0].stat().st_size > 1000
+
+
+def test_fewer_steps_than_were_taken_are_refused(whole: Path, tiny_model: Path, tiny_rows: Path) -> None:
+    done = run(whole, tiny_model, tiny_rows, "eval_fraction=0.1", "steps=7")
+    assert done.returncode == 2
+    assert f"has taken {STEPS} steps, and the command asks for 7" in done.stderr
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = tiny_rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines))
+    assert run(tmp_path, tiny_model, rows, "steps=2").returncode == 0
+    rows.write_text("".join(lines[:20]))
+    changed = run(tmp_path, tiny_model, rows, "steps=4")
+    assert changed.returncode == 2
+    assert "run_name" in changed.stderr
+
+
+def test_more_steps_go_on_from_a_finished_run(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
+    keys = (tiny_model, tiny_rows, "lr_schedule_type=constant", "warmup_steps_fraction=0")
+    assert run(tmp_path, *keys, "steps=3").returncode == 0
+    done = run(tmp_path, *keys, "steps=5")
+    assert "Going on after step 3 of 5" in done.stdout
+    straight = tmp_path / "straight"
+    assert run(straight, *keys, "steps=5").returncode == 0
+    pair = (load_file(folder / "run" / "model" / "model.safetensors") for folder in (tmp_path, straight))
+    for ours, theirs in zip(*(tensors.values() for tensors in pair), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_run_that_never_got_to_a_step_can_start_with_other_keys(
+    tmp_path: Path, tiny_model: Path, tiny_rows: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yml").write_text("learning_rate: 1.0\n")
+    assert run(tmp_path, tiny_model, tiny_rows, "steps=1").returncode == 0
