@@ -6,6 +6,11 @@ the other sides.
 
 from __future__ import annotations
 
+from luthier import runtime
+
+if __name__ == "__main__":
+    runtime.tune_allocator()  # as the command does, and as early
+
 import json
 import sys
 from concurrent.futures import Future
@@ -49,6 +54,7 @@ def in_turns(turns: Turns, programs: Programs) -> Programs:
         turns.before_step(lambda: jax.block_until_ready(state))
         return programs.train.result()(state, batch, rate)
 
+    advance.memory_analysis = lambda: None  # what a compiled program has, and the run's header asks for
     ready: Future[Any] = Future()
     programs.train.add_done_callback(lambda _: ready.set_result(advance))
     return Programs(ready, None)
