@@ -84,7 +84,9 @@ def main(arguments: Sequence[str]) -> int:
         else:
             _run(name, rest)
     except (UserError, RunError) as error:
-        print(f"luthier {name if name in COMMANDS else ''}".rstrip() + f": {error}", file=sys.stderr)
+        # What else failed on the way out, such as the last checkpoint on a full disk, is a note of the first failure.
+        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"luthier {name if name in COMMANDS else ''}".rstrip() + f": {message}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("luthier: interrupted", file=sys.stderr)

@@ -155,3 +155,14 @@ def test_keys_on_a_terminal_are_a_table(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert all(name in shown for name in SftConfig.model_fields)
     assert "| ---" not in shown
+
+
+def test_what_else_failed_is_told_after_the_first_failure(monkeypatch, capsys):
+    def fail(settings):
+        error = RunError("the loss is no number")
+        error.add_note("the last checkpoint could not be written")
+        raise error
+
+    monkeypatch.setattr(cli, "_run", lambda name, arguments: fail(arguments))
+    assert cli.main(["sft", "steps=1"]) == 1
+    assert capsys.readouterr().err == "luthier sft: the loss is no number\nthe last checkpoint could not be written\n"
