@@ -95,8 +95,8 @@ def main() -> int:
 
 def _reasoning_gym() -> types.ModuleType:
     """Import reasoning-gym without pycosat, which needs a C compiler and serves none of the tasks used here."""
-    if importlib.util.find_spec("pycosat") is None:
-        sys.modules.setdefault("pycosat", types.ModuleType("pycosat"))
+    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
     import reasoning_gym
 
     return reasoning_gym
