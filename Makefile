@@ -82,5 +82,5 @@ $(VENV)/.test: $(VENV)/.demo
 	@touch $@
 
 $(VENV)/.slow: $(VENV)/.test
-	@$(if $(TORCH),echo "Installing TRL, which the slow tests compare with" && $(PIP) --editable '.[trl]')
+	@$(if $(TORCH),echo "Installing TRL for the slow tests to compare with" && $(PIP) --editable '.[trl]')
 	@touch $@
