@@ -84,7 +84,7 @@ CURVES = {
     "completions, accumulated, warm-up": Curve(
         "completions",
         {"gradient_accumulation_steps": 2, "use_chat_template": False, "lr_schedule_type": "wsd"}
-        | {"warmup_steps_fraction": 0.2, "wsd_decay_steps_fraction": 0.25, "learning_rate_final_fraction": 0.25},
+        | {"warmup_steps_fraction": 0.2, "wsd_decay_steps_fraction": 0.2, "learning_rate_final_fraction": 0.25},
         {"gradient_accumulation_steps": 2, "lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 3}
         | {"lr_scheduler_kwargs": {"num_decay_steps": 4, "decay_type": "linear", "min_lr_ratio": 0.25}},
     ),
