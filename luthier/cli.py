@@ -42,6 +42,21 @@ COMMANDS = {
             *("gradient_accumulation_steps", "max_target_length", "learning_rate"),
         ),
     ),
+    "generate": Command(
+        "[recipe.yml] key=value ...",
+        "Complete prompts, as JSON lines.",
+        "luthier.commands.generate",
+        (
+            *("load_parameters_path", "model_name", "prompt", "prompts_path", "system_prompt", "use_chat_template"),
+            *("num_generations", "max_new_tokens", "temperature", "top_p", "stop", "seed", "output_path"),
+        ),
+    ),
+    "chat": Command(
+        "[recipe.yml] key=value ...",
+        "Talk with a model, or with several side by side.",
+        "luthier.commands.chat",
+        ("load_parameters_path", "model_name", "compare", "system_prompt", "max_new_tokens", "temperature", "top_p"),
+    ),
     "keys": Command("[command]", "List every key of a command: type, default, meaning.", "luthier.commands.keys"),
 }
 

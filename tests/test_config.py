@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from luthier import config
+from luthier import config, keys
 from luthier.errors import UserError
 
 NEEDED = ["model_name=model", "hf_path=rows.jsonl"]
@@ -215,7 +215,7 @@ def test_config_yml_repeats_the_run(tmp_path):
         *('formatting_func_kwargs={"drop": true, "n": "1", "rate": 1e-5}', "hf_access_token=secret"),
     ]
     resolved = resolve(*arguments)
-    config.save(resolved, tmp_path / "config.yml")
+    keys.save(resolved, tmp_path / "config.yml")
     assert "secret" not in (tmp_path / "config.yml").read_text(encoding="utf-8")
     again = config.resolve("sft", [str(tmp_path / "config.yml")], {})
     assert again == resolved.model_copy(update={"hf_access_token": None})

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from luthier import config as config_lib
+from luthier import keys
 from luthier.errors import UserError
 
 # Keys that may change between a run and its continuation: how far it goes and what is kept, not what a step does.
@@ -57,7 +57,7 @@ def open_(config: Any) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / ".config.yml"
-        config_lib.save(config, draft)
+        keys.save(config, draft)
         draft.replace(folder / "config.yml")
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"

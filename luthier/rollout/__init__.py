@@ -1,0 +1,1 @@
+"""Sampling: engines that turn prompts into completions, and what scores completions."""

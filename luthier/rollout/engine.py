@@ -1,0 +1,108 @@
+"""What every engine takes and gives: token ids in, token ids out.
+
+Left out on purpose: text. Prompts are rendered and completions decoded at the edges (``rollout.text``); an engine looks
+at text only to find stop strings, with the tokenizer it was given for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from luthier.model.param import Tree
+
+Finish = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of a completion are drawn, and when it ends.
+
+    Logits are divided by ``temperature`` (0: the likeliest token is taken); of that softmax remain the ``top_k``
+    likeliest tokens (0: all), of those the likeliest that together reach ``top_p`` of what remained, of those the ones
+    with at least ``min_p`` of the likeliest one's probability. Tokens as likely as the last one kept are kept too.
+
+    A completion ends after ``max_new_tokens``, with one of ``stop_token_ids``, or with the token that completes one of
+    the texts ``stop``; that last token is part of it. The same ``seed`` gives the same draws whatever else is sampled
+    beside it; None takes fresh noise at each call. ``logprobs`` is the number of likeliest tokens to report beside
+    each token drawn.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how many completions of it are wanted."""
+
+    prompt: Sequence[int]
+    samples: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+class Alternatives(NamedTuple):
+    """The A likeliest tokens at each position, likeliest first, and their log-probs before filtering."""
+
+    ids_TA: np.ndarray
+    logp_TA: np.ndarray
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished completion: ``tokens_T`` int32, and two fp32 log-probs of each token drawn.
+
+    ``logp_T`` is under the distribution that it was drawn from, filters and all (0 where temperature is 0);
+    ``softmax_logp_T`` under the whole softmax at that temperature (at 1 where temperature is 0), which is what a
+    trainer computes. ``request`` and ``sample`` count from 0. ``finish`` is "stop" for a stop token or text,
+    ``stopped_by`` being which.
+    """
+
+    request: int
+    sample: int
+    tokens_T: np.ndarray
+    logp_T: np.ndarray
+    softmax_logp_T: np.ndarray
+    finish: Finish
+    stopped_by: int | str | None = None
+    alternatives: Alternatives | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next tokens of a completion that is still being drawn; arrays as in ``Completion``."""
+
+    request: int
+    sample: int
+    tokens_T: np.ndarray
+    logp_T: np.ndarray
+    softmax_logp_T: np.ndarray
+    alternatives: Alternatives | None = None
+
+
+class Engine(Protocol):
+    """Something that samples from a model."""
+
+    def sync(self, params: Tree) -> None:
+        """Sample from these weights from now on."""
+        ...
+
+    def generate(
+        self, requests: Sequence[Request], on_piece: Callable[[Piece], None] | None = None
+    ) -> Iterator[Completion]:
+        """Yield each completion as it is finished, in no order.
+
+        ``on_piece`` is called with the new tokens of each completion, the last ones included, as they come. Raises
+        UserError for a request that cannot be served, before the first is begun. Closing the iterator ends the rest.
+        """
+        ...

@@ -1,0 +1,93 @@
+"""A model opened for sampling or scoring: from the keys to weights, tokenizer and engine.
+
+Left out on purpose: training's way to the same weights (``train.job``), which has an optimizer to plan for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from luthier import mesh as mesh_lib
+from luthier import runtime
+from luthier.checkpoint import huggingface, source, tokenizer
+from luthier.checkpoint.source import Source
+from luthier.config import InferenceKeys
+from luthier.model import attention, param
+from luthier.model.compute import Compute, fast_dtype
+from luthier.model.model import Model
+from luthier.model.param import Tree
+from luthier.rollout.engine import Sampling
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its weights (in the type that it computes in), tokenizer and mesh."""
+
+    source: Source
+    model: Model
+    params: Tree
+    tokenizer: Any
+    mesh: Mesh
+    compute: Compute
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model was made for, where its configuration says."""
+        return self.source.config.get("max_position_embeddings")
+
+
+def open_model(keys: InferenceKeys) -> Opened:
+    """Read what ``keys`` name. The mesh is to be put in use (``mesh.use``) around all that computes with it.
+
+    Raises UserError for what is not there or does not fit together.
+    """
+    place = source.resolve(keys)
+    model = Model.from_hf(place.config, place.name)
+    runtime.start(keys)
+    mesh = mesh_lib.make(keys)
+    with mesh_lib.use(mesh):
+        dtype = fast_dtype() if keys.dtype == "auto" else jnp.dtype(keys.dtype)
+        param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
+        attention.choose(keys.attention, dtype, model.config.head_dim)  # raises where the kernel cannot run
+        words = tokenizer.load(place, keys.tokenizer_path, keys.hf_access_token)
+        params = _params(keys, place, model, dtype, mesh)
+    return Opened(place, model, params, words, mesh, Compute(dtype, keys.attention))
+
+
+def end_tokens(opened: Opened) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those of the model's configurations and of its tokenizer."""
+    named = [(opened.source.generation_config or {}).get("eos_token_id"), opened.source.config.get("eos_token_id")]
+    listed = [ids if isinstance(ids, Sequence) else [ids] for ids in [*named, opened.tokenizer.eos_token_id]]
+    return tuple(sorted({token for ids in listed for token in ids if token is not None}))
+
+
+def sampling(keys: InferenceKeys, opened: Opened) -> Sampling:
+    """Return how ``keys`` want tokens drawn, with the model's ``generation_config.json`` for what they leave open."""
+    own = opened.source.generation_config or {}
+    own = {} if own.get("do_sample") is False else own
+    usual = Sampling()
+    drawn = {
+        name: value if (value := getattr(keys, name)) is not None else own.get(name) or getattr(usual, name)
+        for name in ("temperature", "top_k", "top_p", "min_p")
+    }
+    ends = end_tokens(opened) if keys.stop_token_ids is None else tuple(keys.stop_token_ids)
+    return replace(
+        usual,
+        **drawn,
+        max_new_tokens=keys.max_new_tokens,
+        stop_token_ids=() if keys.ignore_eos else ends,
+        stop=tuple(keys.stop),
+    )
+
+
+def _params(keys: InferenceKeys, place: Source, model: Model, dtype: Any, mesh: Mesh) -> Tree:
+    if place.kind == "random":
+        return param.initialise(model.spec, jax.random.key(keys.seed), dtype, mesh)
+    huggingface.check(place, model.spec)
+    return huggingface.load(place, model.spec, dtype, mesh)
