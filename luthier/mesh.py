@@ -37,7 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "norm": (),
 }
-WHOLE = frozenset({"kv_heads", "vocab"})
+WHOLE = frozenset({"batch", "kv_heads", "vocab"})
 
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 

@@ -1,7 +1,8 @@
 """Causal attention within segments: one function, the platform's best kernel.
 
 ``blockwise`` is plain XLA and runs anywhere; ``cudnn`` and ``splash`` are the fused kernels of NVIDIA GPUs and TPUs.
-Left out on purpose: attention that is not causal, biases, and caches for decoding.
+Where a cache goes before the tokens, ``attention_cached`` takes over. Left out on purpose: attention that is not causal,
+and biases.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 from luthier import mesh as mesh_lib
 from luthier.errors import UserError
 from luthier.model.attention_blockwise import blockwise
+from luthier.model.attention_cached import cached
+from luthier.model.cache import LayerPast
 
 Kernel = Callable[..., jax.Array]
 
@@ -31,17 +34,22 @@ def attention(
     implementation: str = "auto",
     scale: float | None = None,
     window: int | None = None,
+    past: LayerPast | None = None,
 ) -> jax.Array:
     """Return ``[B, T, N, H]``: each token attends to the tokens of its segment up to itself, by their order in the row.
 
     Queries may have more heads than keys and values (N a multiple of K; Ainslie et al., arXiv 2305.13245). Padding is
     segment 0 and attends to padding. ``segments_BT`` None says that rows hold one segment each, padded on the right
     if at all, which saves the masks. ``window`` limits attention to that many tokens, the token itself included;
-    ``scale`` multiplies scores (default ``H ** -0.5``).
+    ``scale`` multiplies scores (default ``H ** -0.5``). With a ``past``, rows go on from what is cached of them, and
+    have no segments.
 
     Raises UserError where ``implementation`` ("auto", "blockwise", "cudnn" or "splash") cannot run here.
     """
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    if past is not None:
+        with jax.named_scope("attention_cached"):
+            return cached(q_BTNH, k_BSKH, v_BSKH, past, scale=scale, window=window)
     kernel = functools.partial(choose(implementation, q_BTNH.dtype, q_BTNH.shape[-1]), scale=scale, window=window)
     with jax.named_scope("attention_kernel"):
         return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT)

@@ -42,6 +42,31 @@ def blockwise(
     """Return causal attention within segments, ``[B, T, N, H]``; arguments as in ``attention``."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
+    plan, *arrays = _laid_out(q_BTNH, k_BSKH, v_BSKH, segments_BT, scale, window)
+    o_BKRH = _differentiable_attend(plan, *arrays)
+    o_BTNH = o_BKRH.reshape(B, K, -1, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, -1, N, H)
+    return o_BTNH[:, :T]
+
+
+def outputs(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, scale: float, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return causal attention as ``[B, K, R, H]`` and the log-sum-exp of its scores ``[B, K, R]``, R being T times G.
+
+    No gradient, one segment a row: for attention of which this is but a part.
+    """
+    plan, *arrays = _laid_out(q_BTNH, k_BSKH, v_BSKH, None, scale, window)
+    rows = q_BTNH.shape[1] * plan.group
+    o_BKRH, lse_BKR = _outputs(plan, *arrays)
+    return o_BKRH[:, :, :rows], lse_BKR[:, :, :rows]
+
+
+def _laid_out(
+    q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segments_BT: Any, scale: float, window: int | None
+) -> tuple[_Plan, jax.Array, jax.Array, jax.Array, Any]:
+    """Return (plan, ``q_BKRH``, ``k_BKSH``, ``v_BKSH``, segments), padded to whole blocks."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
     block = _block(B * N, T)
     plan = _Plan(-(-T // block) * block, block, N // K, scale, window)
     pad = plan.length - T
@@ -49,9 +74,7 @@ def blockwise(
         q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
         segments_BT = None if segments_BT is None else jnp.pad(segments_BT, ((0, 0), (0, pad)))
     q_BKRH = q_BTNH.reshape(B, -1, K, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
-    o_BKRH = _differentiable_attend(plan, q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments_BT)
-    o_BTNH = o_BKRH.reshape(B, K, -1, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, -1, N, H)
-    return o_BTNH[:, :T]
+    return plan, q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments_BT
 
 
 @dataclass(frozen=True)
@@ -133,11 +156,11 @@ def _query_block(
     # Tied to q, masks are made anew in each layer. Else they are moved out of the scan over layers, and all held.
     q, segments_BT, forbidden = jax.lax.optimization_barrier((q, segments_BT, jnp.float32(FORBIDDEN)))
     allowed = plan.allowed(segments_BT, start, plan.block, key, k_BKsH.shape[2])
-    scores = jnp.where(allowed, _matmul(q, k_BKsH, transpose=True) * plan.scale, forbidden)
+    scores = jnp.where(allowed, matmul(q, k_BKsH, transpose=True) * plan.scale, forbidden)
     top = scores.max(axis=-1, keepdims=True)
     p = fence(jnp.exp(scores - top).astype(q.dtype))
     total = p.astype(jnp.float32).sum(axis=-1, keepdims=True)
-    return None, ((_matmul(p, v_BKsH) / total).astype(q.dtype), (top + jnp.log(total))[..., 0])
+    return None, ((matmul(p, v_BKsH) / total).astype(q.dtype), (top + jnp.log(total))[..., 0])
 
 
 def _attend_backward(plan: _Plan, saved: Any, do_BKRH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
@@ -168,11 +191,11 @@ def _key_block(
     k_BKHb = _cut(keys[1], start, plan.block, 3)
     k, segments_BT = jax.lax.optimization_barrier((k, segments_BT))  # as in `_query_block`
     allowed = plan.allowed(segments_BT, query, q.shape[2] // plan.group, start, plan.block).mT
-    scores = _matmul(k, q, transpose=True) * plan.scale
+    scores = matmul(k, q, transpose=True) * plan.scale
     p = fence(jnp.where(allowed, jnp.exp(scores - lse_BKr[:, :, None]), 0).astype(q.dtype))
-    dp = _matmul(v, do, transpose=True)
+    dp = matmul(v, do, transpose=True)
     ds = fence((p.astype(jnp.float32) * (dp - delta_BKr[:, :, None]) * plan.scale).astype(q.dtype))
-    return dq_BKHr + _matmul(k_BKHb, ds), (_matmul(ds, q).astype(k.dtype), _matmul(p, do).astype(v.dtype))
+    return dq_BKHr + matmul(k_BKHb, ds), (matmul(ds, q).astype(k.dtype), matmul(p, do).astype(v.dtype))
 
 
 _differentiable_attend = jax.custom_vjp(_attend, nondiff_argnums=(0,))
@@ -191,7 +214,7 @@ def _cut(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _matmul(a: jax.Array, b: jax.Array, *, transpose: bool = False) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array, *, transpose: bool = False) -> jax.Array:
     """Return ``a @ b`` (or ``a @ b.mT``) in fp32 over two batch axes."""
     dimensions = (((3,), (3 if transpose else 2,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 from luthier.errors import UserError
 from luthier.model import families
+from luthier.model.cache import Cache, Lines, Past, write
 from luthier.model.compute import Compute
 from luthier.model.cross_entropy import TokenScores, token_logp
+from luthier.model.dense import dense
 from luthier.model.param import Tree
 from luthier.types import Batch
 
@@ -47,13 +49,32 @@ class Model:
 
     def hidden(self, params: Tree, batch: Batch, compute: Compute) -> jax.Array:
         """Return the final hidden states ``[B, T, D]``."""
-        return self.family.forward(params, self.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute)
+        arrays = (batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+        return self.family.forward(params, self.config, *arrays, compute)[0]
+
+    @cached_property
+    def cache_lines(self) -> Lines:
+        """What the model keeps of each token while sampling."""
+        return self.family.cache_lines(self.config)
+
+    def extend(
+        self, params: Tree, tokens_BT: jax.Array, past: Past, counts_B: jax.Array, compute: Compute
+    ) -> tuple[jax.Array, Cache]:
+        """Read the first ``counts_B[b]`` tokens of each row after its past.
+
+        Returns the hidden states ``[B, T, D]`` and the cache with those tokens in it.
+        """
+        positions_BT = past.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        hidden_BTD, fresh = self.family.forward(params, self.config, tokens_BT, positions_BT, None, compute, past)
+        return hidden_BTD, write(past, fresh, counts_B)
 
     def logits(self, params: Tree, batch: Batch, compute: Compute) -> jax.Array:
         """Return whole fp32 logits ``[B, T, V]``: for tests and single positions, never for training."""
-        hidden_BTD = self.hidden(params, batch, compute)
-        head_VD = self.family.head(params).astype(hidden_BTD.dtype)
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+        return self.project(params, self.hidden(params, batch, compute))
+
+    def project(self, params: Tree, hidden_BTD: jax.Array) -> jax.Array:
+        """Return the fp32 logits ``[B, T, V]`` of hidden states."""
+        return dense("BTD,VD->BTV", hidden_BTD, self.family.head(params), out_dtype=jnp.float32)
 
     def score(self, params: Tree, batch: Batch, compute: Compute, cotangent_BT: jax.Array | None = None) -> TokenScores:
         """Return log-prob and correctness of the token *at* each position given those before it; 0 at the first.

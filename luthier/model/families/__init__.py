@@ -1,7 +1,7 @@
 """Model families, one file each, found by Hugging Face's ``model_type``.
 
-A family module offers ``MODEL_TYPES``, ``Config`` (with ``from_hf``), ``spec(config)``, ``forward(...)`` and
-``head(params)``. A new family is a new file here; nothing else names it.
+A family module offers ``MODEL_TYPES``, ``Config`` (with ``from_hf``), ``spec(config)``, ``cache_lines(config)``,
+``forward(...)`` and ``head(params)``. A new family is a new file here; nothing else names it.
 """
 
 from __future__ import annotations

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 
 from luthier import mesh
 from luthier.errors import UserError
 from luthier.model.attention import attention
+from luthier.model.cache import Fresh, LayerPast, Line, Past
 from luthier.model.compute import Compute
 from luthier.model.dense import dense
 from luthier.model.layers import apply_rope, remat, rms_norm, rope_tables, silu_gate
@@ -22,6 +24,7 @@ from luthier.model.param import Param, Tree, stacked
 from luthier.model.rope import Rope, inverse_frequencies
 
 MODEL_TYPES = ("llama",)
+LINE = "layers"
 _ORIGINAL = "Take the model's original config.json."
 
 
@@ -138,6 +141,11 @@ def spec(config: Config) -> Tree:
     return model
 
 
+def cache_lines(config: Config) -> dict[str, Line]:
+    """Declare what is kept of each token while sampling."""
+    return {LINE: Line(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)}
+
+
 def head(params: Tree) -> jax.Array:
     """Return the output embedding ``[V, D]``: the input's own where they are tied."""
     return params.get("head", params["embed"])
@@ -148,35 +156,49 @@ def forward(
     config: Config,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
-    segments_BT: jax.Array,
+    segments_BT: jax.Array | None,
     compute: Compute,
-) -> jax.Array:
-    """Return the final hidden states ``[B, T, D]`` in ``compute.dtype``; log-probs are made from them by chunks."""
+    past: Past | None = None,
+) -> tuple[jax.Array, dict[str, Fresh]]:
+    """Return the final hidden states ``[B, T, D]`` in ``compute.dtype``; log-probs are made from them by chunks.
+
+    With a ``past``, the tokens go on from what is cached, and their own keys and values are returned beside it.
+    """
     with jax.named_scope("embed"):
         x_BTD = params["embed"][tokens_BT].astype(compute.dtype)
         x_BTD = mesh.constrain(x_BTD, "batch", "time", "norm")
     rope = rope_tables(positions_BT, inverse_frequencies(config.rope, config.head_dim))
 
-    def layer(x_BTD: jax.Array, weights: Tree) -> tuple[jax.Array, None]:
-        x_BTD = x_BTD + _attend(weights, config, x_BTD, rope, segments_BT, compute)
+    def layer(x_BTD: jax.Array, scanned: tuple[Tree, jax.Array]) -> tuple[jax.Array, Fresh | None]:
+        weights, index = scanned
+        here = past.layer(LINE, index) if past is not None else None
+        attended_BTD, fresh = _attend(weights, config, x_BTD, rope, segments_BT, compute, here)
+        x_BTD = x_BTD + attended_BTD
         x_BTD = x_BTD + _mlp(weights, config, x_BTD)
-        return mesh.constrain(x_BTD, "batch", "time", "norm"), None
+        return mesh.constrain(x_BTD, "batch", "time", "norm"), fresh if past is not None else None
 
-    x_BTD, _ = jax.lax.scan(remat(compute.remat)(layer), x_BTD, params["layers"])
-    return rms_norm(x_BTD, params["norm"], config.rms_norm_eps)
+    layers = (params["layers"], jnp.arange(config.num_hidden_layers))
+    x_BTD, fresh = jax.lax.scan(remat(compute.remat)(layer), x_BTD, layers)
+    return rms_norm(x_BTD, params["norm"], config.rms_norm_eps), {LINE: fresh} if past is not None else {}
 
 
 def _attend(
-    p: Tree, config: Config, x_BTD: jax.Array, rope: Any, segments_BT: jax.Array, compute: Compute
-) -> jax.Array:
+    p: Tree,
+    config: Config,
+    x_BTD: jax.Array,
+    rope: Any,
+    segments_BT: jax.Array | None,
+    compute: Compute,
+    past: LayerPast | None,
+) -> tuple[jax.Array, Fresh]:
     with jax.named_scope("attention"):
         h_BTD = rms_norm(x_BTD, p["attn_norm"], config.rms_norm_eps)
         q_BTNH = _biased(dense("BTD,DNH->BTNH", h_BTD, p["q"]), p.get("q_bias"))
         k_BTKH = _biased(dense("BTD,DKH->BTKH", h_BTD, p["k"]), p.get("k_bias"))
         v_BTKH = _biased(dense("BTD,DKH->BTKH", h_BTD, p["v"]), p.get("v_bias"))
         q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
-        o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation=compute.attention)
-        return _biased(dense("BTNH,DNH->BTD", o_BTNH, p["o"]), p.get("o_bias"))
+        o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation=compute.attention, past=past)
+        return _biased(dense("BTNH,DNH->BTD", o_BTNH, p["o"]), p.get("o_bias")), Fresh(k_BTKH, v_BTKH)
 
 
 def _mlp(p: Tree, config: Config, x_BTD: jax.Array) -> jax.Array:

@@ -1,0 +1,83 @@
+"""Attention of new tokens to the cache and to each other.
+
+The cache is read in blocks, as many as the longest sequence of the batch has filled, with the softmax carried from
+block to block (Milakov and Gimelshein, arXiv 1805.02867). So what is read follows what is in use, and one program
+serves all lengths. Left out on purpose: gradients, which sampling has no use for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from luthier.model.attention_blockwise import FORBIDDEN, matmul, outputs
+from luthier.model.cache import LayerPast
+
+
+class _Softmax(NamedTuple):
+    """Of the scores so far: the greatest, the sum of exponentials against it, and the values weighted by those."""
+
+    top_BKR: jax.Array
+    total_BKR: jax.Array
+    values_BKRH: jax.Array
+
+
+def cached(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    past: LayerPast,
+    *,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    """Return ``[B, T, N, H]``: each new token attends to its sequence's past, and to the new tokens up to itself.
+
+    Padding stands at the end of a row. ``window`` as in ``attention``.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    group = N // K
+    q_BKRH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * group, H)
+    if T == 1:
+        new = _over_itself(q_BKRH, k_BTKH, v_BTKH, scale)
+    else:
+        new = _over_new(q_BTNH, k_BTKH, v_BTKH, scale, window)
+    queries_BT = past.lengths_B[:, None] + jnp.arange(T)
+
+    def block(number: jax.Array, so_far: _Softmax) -> _Softmax:
+        keys, values = past.read(number)
+        positions_BS = past.positions(number)
+        allowed_BTS = jnp.broadcast_to((positions_BS >= 0)[:, None], (B, T, positions_BS.shape[1]))
+        if window is not None:
+            allowed_BTS &= queries_BT[:, :, None] - positions_BS[:, None] < window
+        allowed = jnp.repeat(allowed_BTS, group, axis=1)[:, None]
+        scores = jnp.where(allowed, matmul(q_BKRH.astype(keys.dtype), keys, transpose=True) * scale, FORBIDDEN)
+        top_BKR = jnp.maximum(so_far.top_BKR, scores.max(axis=-1))
+        p = jnp.exp(scores - top_BKR[..., None])
+        fade_BKR = jnp.exp(so_far.top_BKR - top_BKR)
+        return _Softmax(
+            top_BKR,
+            so_far.total_BKR * fade_BKR + p.sum(axis=-1),
+            so_far.values_BKRH * fade_BKR[..., None] + matmul(p.astype(values.dtype), values),
+        )
+
+    whole = jax.lax.fori_loop(0, past.blocks, block, new)
+    o_BKRH = (whole.values_BKRH / whole.total_BKR[..., None]).astype(q_BTNH.dtype)
+    return o_BKRH.reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def _over_itself(q_BKRH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array, scale: float) -> _Softmax:
+    """Return the softmax of one new token over itself."""
+    k_BK1H, v_BK1H = k_B1KH.swapaxes(1, 2), v_B1KH.swapaxes(1, 2)
+    score_BKR = jnp.sum(q_BKRH.astype(jnp.float32) * k_BK1H.astype(jnp.float32), axis=-1) * scale
+    values = jnp.broadcast_to(v_BK1H.astype(jnp.float32), q_BKRH.shape)
+    return _Softmax(score_BKR, jnp.ones_like(score_BKR), values)
+
+
+def _over_new(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, scale: float, window: int | None) -> _Softmax:
+    """Return the softmax of several new tokens over each other."""
+    o_BKRH, lse_BKR = outputs(q_BTNH, k_BTKH, v_BTKH, scale=scale, window=window)
+    return _Softmax(lse_BKR, jnp.ones_like(lse_BKR), o_BKRH.astype(jnp.float32))
