@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import from rooms on lower floors and from itself; the ground floor's rooms may import one another.
 FLOORS = (
-    ("", "errors", "types", "keys", "config", "mesh", "runtime"),  # "": the package itself, for its version
+    ("", "errors", "types", "keys", "config", "mesh", "memory", "runtime"),  # "": the package itself, for its version
     ("data", "model"),
     ("algorithms", "checkpoint"),
     ("rollout",),

@@ -17,6 +17,7 @@ from luthier.checkpoint import huggingface
 from luthier.checkpoint.source import Source
 from luthier.checkpoint.state import Checkpoints
 from luthier.config import SftConfig
+from luthier.memory import available
 from luthier.model import attention, param
 from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
@@ -81,7 +82,7 @@ def prepare(config: SftConfig, source: Source, model: Model, mesh: Mesh) -> Job:
     attention.choose(config.attention, dtype, model.config.head_dim)  # raises where the kernel cannot run
     if source.kind != "random":
         huggingface.check(source, model.spec)
-    memory.check(config, memory.estimate(config, model, mesh, compute), memory.available(mesh))
+    memory.check(config, memory.estimate(config, model, mesh, compute), available(mesh))
     return Job(config, source, model, mesh, compute, optimizer.make(config, model.spec))
 
 

@@ -7,24 +7,20 @@ own figure follows in the run's output. Left out on purpose: the exact search ov
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import psutil
 from jax.sharding import Mesh
 
 from luthier import mesh as mesh_lib
 from luthier.config import SftConfig
 from luthier.errors import UserError
+from luthier.memory import GIB
 from luthier.model import param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 
-GIB = 2**30
 MOMENTS = {"adamw": 2.0, "adafactor": 0.05, "muon": 1.3, "sgd": 1.0}
 OVERESTIMATE = 1.35
 PROCESS = 1.0 * GIB  # the interpreter, its libraries and compiled programs, where they share the devices' memory
@@ -68,27 +64,6 @@ def estimate(config: SftConfig, model: Model, mesh: Mesh, compute: Compute) -> P
     return Plan(fixed=state + gathered + logits + process, per_row=per_token * config.max_target_length)
 
 
-def available(mesh: Mesh) -> float | None:
-    """Return the bytes that each device can still give, or None where the platform does not say."""
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        return min(psutil.virtual_memory().available, _container_limit()) / mesh.size
-    stats = device.memory_stats() or {}
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-
-
-def _container_limit() -> float:
-    """Return the bytes left to this process's control group (version 2, then 1); infinity outside one."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).is_file() and Path(used).is_file():
-            text = Path(limit).read_text().strip()
-            return math.inf if text == "max" else float(text) - float(Path(used).read_text())
-    return math.inf
-
-
 def check(config: SftConfig, plan: Plan, limit: float | None) -> None:
     """Raise UserError where the plan is over the limit even if a third is overestimated, saying what would fit."""
     rows = config.per_device_batch_size
@@ -118,16 +93,6 @@ def _savings(config: SftConfig) -> list[str]:
         "opt_type=adafactor": config.opt_type != "adafactor",
     }
     return [change for change, open_ in changes.items() if open_] + ["a smaller max_target_length"]
-
-
-def peak_resident() -> float:
-    """Return the most bytes that this process has held so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux: the peak that getrusage gives there can be that of the process which started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return float(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def of_program(compiled: jax.stages.Compiled) -> float | None:

@@ -13,6 +13,7 @@ from luthier.checkpoint.card import model_card
 from luthier.data.chat import rendering
 from luthier.data.preview import preview
 from luthier.data.source import TokenRows
+from luthier.memory import GIB, available, peak_resident
 from luthier.model import param
 from luthier.train import display, memory, metrics
 from luthier.train.job import Job
@@ -26,7 +27,7 @@ def header(
     """Print what is about to happen, and one example with its trained tokens marked."""
     config = job.config
     plan = memory.estimate(config, job.model, job.mesh, job.compute).total(config.per_device_batch_size)
-    free = memory.available(job.mesh)
+    free = available(job.mesh)
     lines = {
         "model": f"{job.source.name} ({job.model.config.num_hidden_layers} layers)",
         "parameters": f"{display.quantity(param.count(job.model.spec))}, all trained, {config.weight_dtype}; "
@@ -41,8 +42,7 @@ def header(
         f"{job.step_rows * config.max_target_length:,} tokens",
         "training": f"{total} steps of {config.opt_type}, learning rate {config.learning_rate:g} "
         f"({config.lr_schedule_type})",
-        "memory": f"about {plan / memory.GIB:.1f} GiB a device expected"
-        + (f", {free / memory.GIB:.1f} GiB free" if free else ""),
+        "memory": f"about {plan / GIB:.1f} GiB a device expected" + (f", {free / GIB:.1f} GiB free" if free else ""),
         "output": str(place),
     }
     display.table(console, "luthier sft", lines)
@@ -63,7 +63,7 @@ def compiled(console: Console, program: Any) -> None:
     """Print the memory that a compiled step (``jax.stages.Compiled``) takes, where the backend says."""
     size = memory.of_program(program)
     if size is not None:
-        console.print(f"The compiled step takes {size / memory.GIB:.1f} GiB on each device.")
+        console.print(f"The compiled step takes {size / GIB:.1f} GiB on each device.")
 
 
 def export(job: Job, params: param.Tree, tokenizer: Any, place: Path) -> None:
@@ -90,7 +90,7 @@ def summary(console: Console, place: Path, evaluations: Evaluations) -> None:
         name = "mean_token_accuracy"
         lines["held-out loss"] = f"{before['loss']:.4f} before, {after['loss']:.4f} after"
         lines["held-out token accuracy"] = f"{before[name]:.1%} before, {after[name]:.1%} after"
-    lines["peak memory"] = f"{memory.peak_resident() / memory.GIB:.1f} GiB in this process"
+    lines["peak memory"] = f"{peak_resident() / GIB:.1f} GiB in this process"
     lines["metrics"] = str(place / "metrics.jsonl")
     lines["model"] = str(place / "model")
     display.table(console, "Done", lines)

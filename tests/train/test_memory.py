@@ -8,6 +8,7 @@ from luthier import mesh as mesh_lib
 from luthier.algorithms.sft import sft
 from luthier.config import SftConfig
 from luthier.errors import UserError
+from luthier.memory import GIB
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.train import memory, optimizer, step
@@ -46,16 +47,16 @@ def test_the_estimate_is_near_the_compilers_count(policy: str) -> None:
 
 
 def test_a_plan_over_the_limit_says_what_fits() -> None:
-    plan = memory.Plan(fixed=10 * memory.GIB, per_row=2 * memory.GIB)
-    memory.check(config(per_device_batch_size=4), plan, limit=18 * memory.GIB)
-    memory.check(config(per_device_batch_size=4), plan, limit=14 * memory.GIB)  # the estimate may be a third too high
+    plan = memory.Plan(fixed=10 * GIB, per_row=2 * GIB)
+    memory.check(config(per_device_batch_size=4), plan, limit=18 * GIB)
+    memory.check(config(per_device_batch_size=4), plan, limit=14 * GIB)  # the estimate may be a third too high
     memory.check(config(per_device_batch_size=400), plan, limit=None)
     words = r"needs about 26\.0 GiB .* 18\.5 GiB are free: per_device_batch_size=4 fits"
     with pytest.raises(UserError, match=words) as no:
-        memory.check(config(per_device_batch_size=8), plan, limit=18.5 * memory.GIB)
+        memory.check(config(per_device_batch_size=8), plan, limit=18.5 * GIB)
     assert "gradient_accumulation_steps=2 the step stays the same" in str(no.value)
     with pytest.raises(UserError, match="not even one row fits: set remat_policy=full, mu_dtype=bfloat16"):
-        memory.check(config(), plan, limit=11 * memory.GIB)
+        memory.check(config(), plan, limit=11 * GIB)
 
 
 def test_more_devices_take_less_each() -> None:

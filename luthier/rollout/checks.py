@@ -1,0 +1,53 @@
+"""What is wrong with a request, before it is begun."""
+
+from __future__ import annotations
+
+import math
+
+from luthier.errors import UserError
+from luthier.rollout.engine import Request, Sampling
+
+MOST_ALTERNATIVES = 20
+
+
+def check(request: Request, vocab_size: int, length: int | None, reads_text: bool) -> None:
+    """Raise UserError where a request cannot be served by a model of ``vocab_size`` and ``length`` tokens of context."""
+    if request.samples < 1:
+        raise UserError(f"samples={request.samples}: at least one completion must be asked for.")
+    if len(request.prompt) == 0:
+        raise UserError("the prompt has no tokens: give it at least one, such as the BOS token.")
+    wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
+    if wrong:
+        raise UserError(
+            f"the prompt holds token {wrong[0]}, and the model's vocabulary is {vocab_size} tokens. "
+            "The tokenizer is not this model's: set tokenizer_path to the one it was trained with."
+        )
+    if length is not None and len(request.prompt) >= length:
+        raise UserError(
+            f"the prompt has {len(request.prompt)} tokens, and prompt and completion together have {length} "
+            "(max_target_length, or the model's own limit). Shorten the prompt or raise max_target_length."
+        )
+    check_sampling(request.sampling, reads_text)
+
+
+def check_sampling(how: Sampling, reads_text: bool) -> None:
+    """Raise UserError for a setting that is out of its range; ``reads_text`` is whether stop texts can be found."""
+    ranges = {
+        "temperature": (0 <= how.temperature < math.inf, "0 (the likeliest token) or more"),
+        "top_k": (how.top_k >= 0, "0 (all tokens) or more"),
+        "top_p": (0 < how.top_p <= 1, "over 0 and at most 1"),
+        "min_p": (0 <= how.min_p <= 1, "from 0 to 1"),
+        "max_new_tokens": (how.max_new_tokens >= 1, "at least 1"),
+        "seed": (how.seed is None or how.seed >= 0, "0 or more"),
+        "logprobs": (0 <= how.logprobs <= MOST_ALTERNATIVES, f"from 0 to {MOST_ALTERNATIVES}"),
+    }
+    for name, (good, range_) in ranges.items():
+        if not good:
+            raise UserError(f"{name}={getattr(how, name)}: it must be {range_}.")
+    if "" in how.stop:
+        raise UserError("stop: an empty text would end every completion at once. Leave it out.")
+    if how.stop and not reads_text:
+        raise UserError(
+            f"stop={list(how.stop)}: the engine was given no tokenizer to find texts with. Give it one, or use "
+            "stop_token_ids."
+        )

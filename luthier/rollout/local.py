@@ -1,0 +1,307 @@
+"""The embedded engine: samples from the trainer's own weights, by the trainer's own forward pass.
+
+Sequences wait in a queue, get a row of the cache when one is free, are read into it up to their last token, and are
+drawn on the device for some steps at a time. Between two such chunks the host takes out what has ended and lets in what
+waits; shapes stay what they are, so nothing is compiled again.
+
+A row's numbers do not depend on the rows beside it, and its noise is a function of its seed and the step alone. So a
+request gives the same completion whatever it shares a batch with, up to the rounding of differently sized programs.
+
+Left out on purpose: text, but for stop texts; and threads: one thread calls everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from luthier import mesh as mesh_lib
+from luthier.config import EngineKeys
+from luthier.model import cache
+from luthier.model.compute import Compute
+from luthier.model.model import Model
+from luthier.model.param import Tree
+from luthier.rollout import checks, programs
+from luthier.rollout.engine import Completion, Piece, Request
+from luthier.rollout.plan import Limits, Size, bucket, buckets
+from luthier.rollout.sampling import Settings
+from luthier.rollout.sequence import Sequence as Drawing
+from luthier.rollout.sequence import StopTexts
+from luthier.rollout.slots import Placement, Slots
+
+STOP_TOKENS = 8  # stop tokens of a sequence, rounded up to a multiple of this
+
+
+class LocalEngine:
+    """The engine in this process. To be called with its mesh in use (``mesh.use``)."""
+
+    def __init__(
+        self,
+        model: Model,
+        params: Tree,
+        compute: Compute,
+        mesh: Mesh,
+        keys: EngineKeys,
+        *,
+        tokenizer: Any = None,
+        context_length: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Take a model; the cache is made when it is known what is wanted of it, or by ``reserve``.
+
+        ``tokenizer`` finds stop texts; ``context_length`` is how many tokens the model was made for, None for any.
+        """
+        dtype = compute.dtype if keys.kv_cache_dtype == "auto" else jnp.dtype(keys.kv_cache_dtype)
+        self.limits = Limits(keys, context_length, model.cache_lines, dtype, mesh)
+        self.tokenizer = tokenizer
+        self._model, self._compute, self._keys, self._mesh, self._seed = model, compute, keys, mesh, seed
+        self._queue: deque[Drawing] = deque()
+        self._cancelled: list[Drawing] = []
+        self._numbers = itertools.count()
+        self._size: Size | None = None
+        self.sync(params)
+
+    def sync(self, params: Tree) -> None:
+        """Sample from these weights from now on, sequences that are under way included.
+
+        Matrices of another type than the engine computes in are cast, as each use of them in training casts them; all
+        else is used where it lies, not copied.
+        """
+        self._params = _cast(params, self._model, self._compute.dtype)
+        if self._size is not None:
+            self._slots.forget()
+
+    def reserve(self, sequences: int | None = None, length: int | None = None) -> Size:
+        """Make the cache for this many sequences of this many tokens at a time, if it is not that large already.
+
+        None stands for the most that keys, model and memory allow. Raises UserError where not even one sequence fits.
+        """
+        size = self.limits.size(sequences, length)
+        old = self._size
+        if old is not None:
+            if self.busy or (size.rows <= old.rows and size.length <= old.length):
+                return old
+            size = self.limits.size(max(size.rows, old.rows), max(size.length, old.length))
+            self._stored = None  # before the larger one is made
+        self._size = size
+        self._stored = cache.make(self._model.cache_lines, size.rows, size.length, self.limits.dtype, self._mesh)
+        ring = min(line.slots(size.length) for line in self._model.cache_lines.values())
+        self._slots: Slots[Drawing] = Slots.empty(size.rows, size.length, ring)
+        # Rows that are split over devices stay where they are: all are worked on together.
+        split = mesh_lib.batch_shards(self._mesh) > 1
+        self._row_buckets = (size.rows,) if split else buckets(size.rows)
+        return size
+
+    def check(self, request: Request) -> None:
+        """Raise UserError where a request cannot be served."""
+        checks.check(request, self._model.config.vocab_size, self.limits.length, self.tokenizer is not None)
+
+    def generate(
+        self, requests: Sequence[Request], on_piece: Callable[[Piece], None] | None = None
+    ) -> Iterator[Completion]:
+        """Yield each completion as it is finished; see ``engine.Engine``."""
+        for request in requests:
+            self.check(request)
+        if self.busy:
+            raise RuntimeError("the engine is busy with other requests: take their completions first")
+        longest = max((len(each.prompt) + each.sampling.max_new_tokens for each in requests), default=2)
+        self.reserve(sum(request.samples for request in requests), min(longest, self.limits.length or longest))
+        return self._generate(requests, on_piece)
+
+    def submit(self, request: Request) -> int:
+        """Let a request wait for its turn, and return its number.
+
+        Raises UserError where it cannot be served.
+        """
+        self.check(request)
+        size = self._size or self.reserve()
+        number, sampling = next(self._numbers), request.sampling
+        # Reproducible where the request has a seed; else by the engine's seed and all that it was asked before.
+        seed = [self._seed, number] if sampling.seed is None else [sampling.seed]
+        prompt_T = np.asarray(request.prompt, np.int32)
+        for sample in range(request.samples):
+            key_2 = np.random.SeedSequence([*seed, sample]).generate_state(2)
+            watch = StopTexts(self.tokenizer, sampling.stop) if sampling.stop else None
+            limit = min(sampling.max_new_tokens, size.length - len(prompt_T))
+            self._queue.append(Drawing(number, sample, prompt_T, sampling, limit, key_2, watch))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """End a request; what there is of its completions comes out of the next ``step``."""
+        waiting = [drawing for drawing in self._queue if drawing.request == number]
+        self._queue = deque(drawing for drawing in self._queue if drawing.request != number)
+        self._cancelled += waiting
+        for row, drawing in self._slots if self._size else ():
+            if drawing.request == number:
+                self._slots.sequences[row] = None
+                self._cancelled.append(drawing)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits, is drawn, or was cancelled and not reported yet."""
+        return bool(self._queue or self._cancelled or (self._size and self._slots.busy))
+
+    def step(self) -> list[Piece | Completion]:
+        """Let in what waits, draw one chunk, and return its pieces and then what came to its end."""
+        ended = [drawing.completion() for drawing in self._cancelled]
+        self._cancelled.clear()
+        if self._size is None:
+            return list(ended)
+        self._admit()
+        if not self._slots.busy:
+            return list(ended)
+        pieces: list[Piece | Completion] = []
+        for row, drawing, piece in self._decode():
+            pieces.append(piece)
+            if drawing.finish is not None:
+                self._slots.sequences[row] = None
+                ended.append(drawing.completion())
+        return [*pieces, *ended]
+
+    def _generate(self, requests: Sequence[Request], on_piece: Callable[[Piece], None] | None) -> Iterator[Completion]:
+        numbers = {self.submit(request): index for index, request in enumerate(requests)}
+        try:
+            while self.busy:
+                for event in self.step():
+                    event = replace(event, request=numbers[event.request])
+                    if isinstance(event, Completion):
+                        yield event
+                    elif on_piece is not None:
+                        on_piece(event)
+        finally:
+            for number in numbers:
+                self.cancel(number)
+            self._cancelled.clear()
+
+    def _admit(self) -> None:
+        """Give free rows to what waits longest, and read the prompts into them."""
+        free = len(self._slots.free)
+        let_in = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+        let_in.sort(key=lambda drawing: drawing.sample > 0)  # first the prompts that samples copy from
+        wave: list[tuple[Placement, Drawing]] = []
+        for drawing in let_in:
+            placement = self._slots.place(drawing, drawing.prompt_T[:-1])
+            if placement.source in [other.row for other, _ in wave]:
+                self._read(wave)
+                wave = []
+            wave.append((placement, drawing))
+        self._read(wave)
+
+    def _read(self, wave: list[tuple[Placement, Drawing]]) -> None:
+        """Bring prompts into their rows, but for their last token, which is the first that is decoded."""
+        self._copy([(place.source, place.row) for place, _ in wave if place.source != place.row])
+        left = [(place.row, drawing.prompt_T[place.kept : -1], place.kept) for place, drawing in wave]
+        left = [item for item in left if len(item[1])]
+        most = self._keys.prefill_chunk_length
+        shorter = itertools.takewhile(lambda length: length < most, (16 << i for i in itertools.count()))
+        lengths = (*shorter, most)
+        while left:
+            left.sort(key=lambda item: len(item[1]), reverse=True)
+            length = bucket(lengths, min(most, len(left[0][1])))
+            together = min(most // length, self._slots_count)
+            alike = [item for item in left if bucket(lengths, min(most, len(item[1]))) == length][:together]
+            self._prefill(alike, length, 1 if len(alike) == 1 else together)
+            rest = [
+                (row, tokens_T[length:], start + length) for row, tokens_T, start in alike if len(tokens_T) > length
+            ]
+            done = {row for row, _, _ in alike}
+            left = [item for item in left if item[0] not in done] + rest
+
+    @property
+    def _slots_count(self) -> int:
+        return len(self._slots.sequences)
+
+    def _prefill(self, items: list[tuple[int, np.ndarray, int]], length: int, together: int) -> None:
+        tokens_PT = np.zeros((together, length), np.int32)
+        rows_P, lengths_P, counts_P = (np.zeros(together, np.int32) for _ in range(3))
+        for p, (row, tokens_T, start) in enumerate(items):
+            count = min(length, len(tokens_T))
+            tokens_PT[p, :count] = tokens_T[:count]
+            rows_P[p], lengths_P[p], counts_P[p] = row, start, count
+        arrays = (tokens_PT, rows_P, lengths_P, counts_P)
+        self._stored = programs.prefill(self._params, self._stored, *arrays, model=self._model, compute=self._compute)
+
+    def _copy(self, pairs: list[tuple[int, int]]) -> None:
+        if pairs:
+            sources_P, targets_P = np.zeros((2, self._slots_count), np.int32)
+            sources_P[: len(pairs)], targets_P[: len(pairs)] = zip(*pairs, strict=True)
+            self._stored = programs.copy(self._stored, sources_P, targets_P, len(pairs))
+
+    def _compact(self) -> int:
+        """Bring the sequences into the fewest rows that a program works on, and return how many those are."""
+        busy = self._slots.busy
+        size = bucket(self._row_buckets, len(busy))
+        free = [row for row in self._slots.free if row < size]
+        moves = list(zip([row for row in busy if row >= size], free, strict=False))
+        self._copy(moves)
+        for source, target in moves:
+            self._slots.move(source, target)
+        return size
+
+    def _decode(self) -> list[tuple[int, Drawing, Piece]]:
+        """Draw a chunk and return (row, sequence, its new piece) for each sequence."""
+        size = self._compact()
+        under_way = list(self._slots)
+        rows = self._rows(size, under_way)
+        self._stored, after, chunk = programs.decode(
+            self._params,
+            self._stored,
+            rows,
+            bool(self._queue),
+            model=self._model,
+            compute=self._compute,
+            steps=self._keys.decode_steps,
+            alternatives=checks.MOST_ALTERNATIVES if any(drawing.sampling.logprobs for _, drawing in under_way) else 0,
+        )
+        after, chunk = jax.device_get((after, chunk))
+        columns = (chunk.logp_BS, chunk.softmax_logp_BS, chunk.alternative_ids_BSA, chunk.alternative_logp_BSA)
+        taken = []
+        for row, drawing in under_way:
+            count = after.drawn_B[row] - rows.drawn_B[row]
+            last = drawing.last_token
+            row_columns = [column[row, :count] for column in columns]
+            piece = drawing.take(chunk.tokens_BS[row, :count].copy(), row_columns, not after.live_B[row])
+            self._slots.append(row, np.asarray([last, *piece.tokens_T[:-1]], np.int32))
+            taken.append((row, drawing, piece))
+        return taken
+
+    def _rows(self, size: int, under_way: list[tuple[int, Drawing]]) -> programs.Rows:
+        """Return the state of the first ``size`` rows as arrays."""
+        stops = max((len(drawing.sampling.stop_token_ids) for _, drawing in under_way), default=0)
+        width = max(1, -(-stops // STOP_TOKENS)) * STOP_TOKENS
+        tokens_B, lengths_B, drawn_B, limits_B, top_k_B = (np.zeros(size, np.int32) for _ in range(5))
+        temperature_B, top_p_B, min_p_B = np.ones((3, size), np.float32)
+        live_B, key_B2 = np.zeros(size, bool), np.zeros((size, 2), np.uint32)
+        stops_BE = np.full((size, width), programs.NO_TOKEN, np.int32)
+        for row, drawing in under_way:
+            how, live_B[row] = drawing.sampling, True
+            tokens_B[row], drawn_B[row], limits_B[row] = drawing.last_token, drawing.drawn, drawing.limit
+            lengths_B[row] = len(drawing.prompt_T) - 1 + drawing.drawn
+            temperature_B[row], top_k_B[row], top_p_B[row], min_p_B[row] = (
+                how.temperature,
+                how.top_k,
+                how.top_p,
+                how.min_p,
+            )
+            key_B2[row] = drawing.key_2
+            stops_BE[row, : len(how.stop_token_ids)] = how.stop_token_ids
+        settings = Settings(temperature_B, top_k_B, top_p_B, min_p_B, key_B2)
+        return programs.Rows(tokens_B, lengths_B, drawn_B, limits_B, live_B, stops_BE, settings)
+
+
+def _cast(params: Tree, model: Model, dtype: Any) -> Tree:
+    """Return the weights with matrices in ``dtype``: vectors are computed with as they are."""
+
+    def cast(weight: jax.Array, declared: Any) -> jax.Array:
+        matrix = len(declared.slice_shape) > 1
+        return weight.astype(dtype) if matrix and weight.dtype != dtype else weight
+
+    return jax.tree.map(cast, params, model.spec)

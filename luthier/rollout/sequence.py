@@ -1,0 +1,115 @@
+"""A completion in the making, on the host.
+
+Left out on purpose: its place in the cache (``slots``), and its text, but for the watch for stop texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from luthier.rollout.engine import Alternatives, Completion, Finish, Piece, Sampling
+
+
+@dataclass
+class Sequence:
+    """One sample of a request: its prompt, how it is drawn, the data of its random key, and the pieces so far."""
+
+    request: int
+    sample: int
+    prompt_T: np.ndarray
+    sampling: Sampling
+    limit: int
+    key_2: np.ndarray
+    watch: StopTexts | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    finish: Finish | None = None
+    stopped_by: int | str | None = None
+
+    @property
+    def drawn(self) -> int:
+        """Tokens of the completion so far."""
+        return sum(len(piece.tokens_T) for piece in self.pieces)
+
+    @property
+    def last_token(self) -> int:
+        """The token that the model has not read yet."""
+        return int(self.pieces[-1].tokens_T[-1] if self.pieces else self.prompt_T[-1])
+
+    def take(self, tokens_T: np.ndarray, columns: Several[np.ndarray], ended: bool) -> Piece:
+        """Add the tokens of a chunk and return them as a piece, cut where a stop text was completed.
+
+        ``columns`` are the other fields of a chunk, row for row; ``ended`` is whether the device ended the completion.
+        """
+        found = self.watch.push(tokens_T) if self.watch else None
+        count = len(tokens_T) if found is None else found[0]
+        logp_T, softmax_logp_T, ids_TA, logp_TA = (column[:count] for column in columns)
+        wanted = self.sampling.logprobs
+        alternatives = Alternatives(ids_TA[:, :wanted], logp_TA[:, :wanted]) if wanted else None
+        piece = Piece(self.request, self.sample, tokens_T[:count], logp_T, softmax_logp_T, alternatives)
+        self.pieces.append(piece)
+        if found is not None:
+            self.finish, self.stopped_by = "stop", found[1]
+        elif ended and piece.tokens_T[-1] in self.sampling.stop_token_ids:
+            self.finish, self.stopped_by = "stop", int(piece.tokens_T[-1])
+        elif ended:
+            self.finish = "length"
+        return piece
+
+    def completion(self) -> Completion:
+        """Return what was drawn, as finished; as cancelled where it was not."""
+
+        def joined(name: str, dtype: Any) -> np.ndarray:
+            return np.concatenate([np.zeros(0, dtype), *(getattr(piece, name) for piece in self.pieces)])
+
+        alternatives = None
+        if self.pieces and self.sampling.logprobs:
+            parts = zip(*(piece.alternatives or () for piece in self.pieces), strict=True)
+            alternatives = Alternatives(*(np.concatenate(part) for part in parts))
+        return Completion(
+            self.request,
+            self.sample,
+            joined("tokens_T", np.int32),
+            joined("logp_T", np.float32),
+            joined("softmax_logp_T", np.float32),
+            self.finish or "cancelled",
+            self.stopped_by,
+            alternatives,
+        )
+
+
+@dataclass
+class StopTexts:
+    """Watches a completion for the first token that completes one of the ``texts``.
+
+    Only the end of the completion is decoded, so that watching costs the same for each token however long it gets.
+    """
+
+    tokenizer: Any
+    texts: tuple[str, ...]
+    ids: list[int] = field(default_factory=list)
+
+    def push(self, tokens_T: np.ndarray) -> tuple[int, str] | None:
+        """Return how many of the new tokens lead up to and through the first stop text, and which that is."""
+        before = len(self.ids)
+        self.ids.extend(tokens_T.tolist())
+        if self._in(self.ids[max(0, before - self._reach) :]) is None:
+            return None
+        for count in range(1, len(tokens_T) + 1):
+            end = before + count
+            text = self._in(self.ids[max(0, end - 1 - self._reach) : end])
+            if text is not None:
+                return count, text
+        return None
+
+    @property
+    def _reach(self) -> int:
+        """The tokens before a new one that can be part of a stop text: one for each of its bytes."""
+        return max(len(text.encode()) for text in self.texts)
+
+    def _in(self, ids: list[int]) -> str | None:
+        decoded = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return next((text for text in self.texts if text in decoded), None)

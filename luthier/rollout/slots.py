@@ -1,0 +1,101 @@
+"""The host's record of the cache: which sequence has which row, and which tokens each row holds.
+
+A row keeps what was read into it after its sequence has ended. A prompt that begins with those tokens starts from a
+copy: so the samples of a prompt share its reading, and the next turn of a conversation goes on where the last ended.
+
+Left out on purpose: the cache itself, which the programs hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+WORTH_COPYING = 16  # tokens; fewer are read anew sooner than a row is copied
+
+S = TypeVar("S")
+
+
+class Placement(NamedTuple):
+    """A prompt gets ``row``, of which the first ``kept`` tokens come from row ``source`` (perhaps itself)."""
+
+    row: int
+    source: int
+    kept: int
+
+
+@dataclass
+class Slots(Generic[S]):
+    """``sequences[r]`` is what row r works on, None where it is free.
+
+    ``tokens_RS`` are the tokens that rows hold, ``held_R`` how many (-1: not to be gone by), ``ring`` the slots of the
+    shortest line of the cache.
+    """
+
+    sequences: list[S | None]
+    tokens_RS: np.ndarray
+    held_R: np.ndarray
+    ring: int
+
+    @classmethod
+    def empty(cls, rows: int, length: int, ring: int) -> Slots[S]:
+        """Return the record of an empty cache of ``rows`` sequences of ``length`` tokens."""
+        return cls([None] * rows, np.zeros((rows, length), np.int32), np.zeros(rows, np.int64), ring)
+
+    @property
+    def free(self) -> list[int]:
+        """The rows without a sequence."""
+        return [row for row, sequence in enumerate(self.sequences) if sequence is None]
+
+    @property
+    def busy(self) -> list[int]:
+        """The rows with one."""
+        return [row for row, sequence in enumerate(self.sequences) if sequence is not None]
+
+    def __iter__(self) -> Iterator[tuple[int, S]]:
+        """Yield (row, sequence) of the rows that have one."""
+        return ((row, sequence) for row, sequence in enumerate(self.sequences) if sequence is not None)
+
+    def place(self, sequence: S, tokens_T: np.ndarray) -> Placement:
+        """Give ``sequence`` a free row that is to hold ``tokens_T``, and say what of them is there already."""
+        source, kept = self._longest_prefix(tokens_T)
+        free = self.free
+        row = source if kept and source in free else free[0]
+        if row != source and kept < min(WORTH_COPYING, len(tokens_T)):
+            kept = 0
+        self.sequences[row] = sequence
+        self.tokens_RS[row, : len(tokens_T)] = tokens_T
+        self.held_R[row] = len(tokens_T)
+        return Placement(row, source if kept else row, kept)
+
+    def append(self, row: int, tokens_T: np.ndarray) -> None:
+        """Note that these tokens were read after those that the row holds."""
+        held = self.held_R[row]
+        if held >= 0:
+            self.tokens_RS[row, held : held + len(tokens_T)] = tokens_T
+            self.held_R[row] = held + len(tokens_T)
+
+    def move(self, source: int, target: int) -> None:
+        """Note that a sequence, and what its row holds, was copied to a free row."""
+        self.sequences[target], self.sequences[source] = self.sequences[source], None
+        self.tokens_RS[target], self.held_R[target] = self.tokens_RS[source], self.held_R[source]
+
+    def forget(self) -> None:
+        """Note that no row holds what these weights would have put there; sequences that are under way go on."""
+        self.held_R[:] = [0 if sequence is None else -1 for sequence in self.sequences]
+
+    def _longest_prefix(self, tokens_T: np.ndarray) -> tuple[int, int]:
+        """Return the row that begins with most of the tokens (free rows and then the first preferred), and how many."""
+        same_RT = self.tokens_RS[:, : len(tokens_T)] == tokens_T
+        same_RT &= np.arange(len(tokens_T)) < self.held_R[:, None]
+        common_R = (
+            np.where(same_RT.all(axis=1), len(tokens_T), same_RT.argmin(axis=1)) if len(tokens_T) else self.held_R * 0
+        )
+        # A ring has lost what stood before its last tokens: of such a row all can be gone on from, or nothing.
+        common_R = np.where((self.held_R <= self.ring) | (common_R == self.held_R), common_R, 0)
+        free_R = np.asarray([sequence is None for sequence in self.sequences])
+        best = int(np.lexsort((~free_R, -common_R))[0])
+        return best, int(common_R[best])

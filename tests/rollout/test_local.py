@@ -1,0 +1,232 @@
+"""The embedded engine against the plain forward pass, with sequences that come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from luthier import mesh
+from luthier.config import EngineKeys, ModelKeys
+from luthier.errors import UserError
+from luthier.model import param
+from luthier.model.compute import Compute
+from luthier.model.model import Model
+from luthier.rollout.engine import Completion, Piece, Request, Sampling
+from luthier.rollout.local import LocalEngine
+from luthier.types import Batch
+
+MODEL = Model.from_hf(tiny.CONFIGS["smollm2"], "tiny")
+KEYS = EngineKeys(max_num_seqs=4, prefill_chunk_length=16, decode_steps=3, max_target_length=64)
+
+
+def make(keys: EngineKeys = KEYS, devices: int = 1, seed: int = 0, **axes: int) -> tuple[LocalEngine, Any]:
+    here = mesh.make(ModelKeys(**axes), jax.devices()[:devices])
+    params = param.initialise(MODEL.spec, jax.random.key(1), jnp.float32, here)
+    # Sharper than at initialisation, so that a wrong cache shows.
+    params = jax.tree.map(lambda w: w * 3 if w.ndim > 1 else w, params)
+    return LocalEngine(MODEL, params, Compute(), here, keys, context_length=512, seed=seed), params
+
+
+@pytest.fixture
+def one_device() -> Iterator[None]:
+    with mesh.use(mesh.make(ModelKeys(), jax.devices()[:1])):
+        yield
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 256, random.integers(1, 40)).tolist() for _ in range(count)]
+
+
+def scored(params: Any, prompt: list[int], tokens_T: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Return the log-probs of a completion by one pass over all of it, in fp64 softmax."""
+    ids = np.zeros((1, 64), np.int32)
+    whole = [*prompt, *tokens_T.tolist()]
+    ids[0, : len(whole)] = whole
+    batch = Batch(
+        ids, np.arange(64, dtype=np.int32)[None], (np.arange(64) < len(whole)).astype(np.int32)[None], ids > 0
+    )
+    logits = np.asarray(LOGITS(params, batch), np.float64)[0] / temperature
+    logp = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
+    return logp[np.arange(len(prompt) - 1, len(whole) - 1), tokens_T]
+
+
+LOGITS = jax.jit(lambda params, batch: MODEL.logits(params, batch, Compute()))
+
+
+@pytest.mark.parametrize(
+    ("devices", "axes"), [(1, {}), (8, {}), (8, {"ici_data_parallelism": 2, "ici_fsdp_parallelism": 4})]
+)
+def test_log_probs_are_those_of_one_whole_pass(devices: int, axes: dict[str, int]) -> None:
+    """Eleven prompts of all lengths through four rows, with completions of different lengths."""
+    engine, params = make(devices=devices, **axes)
+    requests = [
+        Request(prompt, 1 + i % 3, Sampling(temperature=0.5 + i % 2, max_new_tokens=3 + 2 * i))
+        for i, prompt in enumerate(prompts(11))
+    ]
+    with mesh.use(engine._mesh):
+        done = list(engine.generate(requests))
+        assert sorted((c.request, c.sample) for c in done) == [
+            (i, j) for i, r in enumerate(requests) for j in range(r.samples)
+        ]
+        for c in done:
+            request = requests[c.request]
+            assert len(c.tokens_T) == min(request.sampling.max_new_tokens, 64 - len(request.prompt))
+            assert c.finish == "length"
+            expected = scored(params, list(request.prompt), c.tokens_T, request.sampling.temperature)
+            np.testing.assert_allclose(c.softmax_logp_T, expected, atol=1e-4)
+            np.testing.assert_allclose(c.logp_T, expected, atol=1e-4)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_completion_does_not_depend_on_its_company() -> None:
+    engine, _ = make()
+    wanted = Request(prompts(1)[0], 2, Sampling(seed=5, max_new_tokens=20))
+    others = [Request(prompt, 2, Sampling(max_new_tokens=9)) for prompt in prompts(6, seed=1)]
+    alone = {c.sample: c for c in engine.generate([wanted])}
+    among = {c.sample: c for c in engine.generate([*others[:3], wanted, *others[3:]]) if c.request == 3}
+    for sample in range(2):
+        assert alone[sample].tokens_T.tolist() == among[sample].tokens_T.tolist()
+        np.testing.assert_allclose(alone[sample].logp_T, among[sample].logp_T, atol=1e-5)
+    assert alone[0].tokens_T.tolist() != alone[1].tokens_T.tolist()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_noise_is_fresh_at_each_call_and_follows_the_engine_s_seed() -> None:
+    request = [Request(prompts(1)[0], 1, Sampling(max_new_tokens=20))]
+    engine, same, other = make()[0], make()[0], make(seed=1)[0]
+    first, second = (next(engine.generate(request)).tokens_T.tolist() for _ in range(2))
+    assert first != second
+    assert [next(same.generate(request)).tokens_T.tolist() for _ in range(2)] == [first, second]
+    assert next(other.generate(request)).tokens_T.tolist() != first
+
+
+@pytest.mark.usefixtures("one_device")
+def test_greedy_is_argmax() -> None:
+    engine, params = make()
+    prompt = prompts(1)[0]
+    (done,) = engine.generate([Request(prompt, 1, Sampling(temperature=0, max_new_tokens=8))])
+    text = list(prompt)
+    for token in done.tokens_T:
+        ids = np.zeros((1, 64), np.int32)
+        ids[0, : len(text)] = text
+        batch = Batch(ids, np.arange(64, dtype=np.int32)[None], np.ones_like(ids), ids > 0)
+        assert int(LOGITS(params, batch)[0, len(text) - 1].argmax()) == token
+        text.append(int(token))
+    assert done.logp_T.tolist() == [0.0] * 8
+    np.testing.assert_allclose(done.softmax_logp_T, scored(params, prompt, done.tokens_T), atol=1e-4)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_stop_token_ends_a_completion_and_is_part_of_it() -> None:
+    engine, _ = make()
+    request = Request([3, 4], 1, Sampling(seed=1, max_new_tokens=30))
+    (free,) = engine.generate([request])
+    stop = int(free.tokens_T[10])
+    end = free.tokens_T.tolist().index(stop)
+    (stopped,) = engine.generate([Request([3, 4], 1, Sampling(seed=1, max_new_tokens=30, stop_token_ids=(stop, 999)))])
+    assert stopped.tokens_T.tolist() == free.tokens_T[: end + 1].tolist()
+    assert (stopped.finish, stopped.stopped_by) == ("stop", stop)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_pieces_make_up_the_completions() -> None:
+    engine, _ = make()
+    pieces: dict[tuple[int, int], list[Piece]] = {}
+    requests = [Request(prompt, 2, Sampling(max_new_tokens=7, logprobs=3)) for prompt in prompts(3)]
+    done = list(engine.generate(requests, lambda p: pieces.setdefault((p.request, p.sample), []).append(p)))
+    for c in done:
+        own = pieces[c.request, c.sample]
+        assert [len(piece.tokens_T) for piece in own] == [3, 3, 1]
+        assert np.concatenate([piece.tokens_T for piece in own]).tolist() == c.tokens_T.tolist()
+        assert c.alternatives is not None
+        assert c.alternatives.ids_TA.shape == (7, 3)
+        assert (np.diff(c.alternatives.logp_TA, axis=1) <= 0).all()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make()
+    read: list[int] = []
+    prefill = engine._prefill
+    monkeypatch.setattr(
+        engine, "_prefill", lambda items, *rest: (read.extend(len(i[1]) for i in items), prefill(items, *rest))
+    )
+    prompt = list(range(30))
+    list(engine.generate([Request(prompt, 9, Sampling(max_new_tokens=4))]))
+    assert read == [29, 13]  # in chunks of 16
+    read.clear()
+    list(engine.generate([Request([*prompt, 77, 78], 1, Sampling(max_new_tokens=4))]))
+    assert sum(read) == 31 - 29 - 0 or sum(read) <= 2  # the next turn goes on where the last ended
+
+
+@pytest.mark.usefixtures("one_device")
+def test_new_weights_forget_what_was_read() -> None:
+    engine, params = make()
+    request = [Request(list(range(20)), 1, Sampling(seed=0, max_new_tokens=12))]
+    list(engine.generate(request))
+    changed = jax.tree.map(lambda w: w * 1.5, params)
+    engine.sync(changed)
+    (done,) = engine.generate(request)
+    np.testing.assert_allclose(done.softmax_logp_T, scored(changed, list(range(20)), done.tokens_T), atol=1e-4)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_cancelled_request_frees_its_rows() -> None:
+    engine, _ = make()
+    long, short = Sampling(max_new_tokens=50), Sampling(max_new_tokens=5)
+    first = engine.submit(Request([1, 2, 3], 6, long))
+    second = engine.submit(Request([4, 5], 1, short))
+    engine.step()
+    engine.cancel(first)
+    ended = [event for event in engine.step() if isinstance(event, Completion)]
+    assert [c.finish for c in ended if c.request == first] == ["cancelled"] * 6
+    assert sorted(len(c.tokens_T) for c in ended if c.request == first) == [0, 0, 3, 3, 3, 3]
+    while engine.busy:
+        ended += [event for event in engine.step() if isinstance(event, Completion)]
+    assert [len(c.tokens_T) for c in ended if c.request == second] == [5]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_closing_the_iterator_ends_the_rest() -> None:
+    engine, _ = make()
+    stream = engine.generate([Request([1], 8, Sampling(max_new_tokens=i)) for i in (3, 30)])
+    next(stream)
+    stream.close()
+    assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (Request([], 1), ["no tokens"]),
+        (Request([256], 1), ["token 256", "vocabulary is 256", "tokenizer_path"]),
+        (Request([1] * 64, 1), ["64 tokens", "max_target_length"]),
+        (Request([1], 0), ["samples=0"]),
+        (Request([1], 1, Sampling(temperature=-1)), ["temperature=-1", "0 (the likeliest token) or more"]),
+        (Request([1], 1, Sampling(temperature=float("nan"))), ["temperature=nan"]),
+        (Request([1], 1, Sampling(top_p=0)), ["top_p=0", "over 0"]),
+        (Request([1], 1, Sampling(top_k=-1)), ["top_k=-1"]),
+        (Request([1], 1, Sampling(min_p=2)), ["min_p=2"]),
+        (Request([1], 1, Sampling(max_new_tokens=0)), ["max_new_tokens=0"]),
+        (Request([1], 1, Sampling(stop=("x",))), ["no tokenizer", "stop_token_ids"]),
+        (Request([1], 1, Sampling(stop=("",))), ["empty text"]),
+        (Request([1], 1, Sampling(logprobs=21)), ["logprobs=21", "0 to 20"]),
+    ],
+)
+def test_a_bad_request_is_refused_before_any_is_begun(request_: Request, said: list[str]) -> None:
+    engine, _ = make()
+    with pytest.raises(UserError) as refused:
+        engine.generate([Request([1], 1), request_])
+    assert all(part in str(refused.value) for part in said), refused.value
+    assert not engine.busy
