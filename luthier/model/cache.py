@@ -173,9 +173,7 @@ def _write(past: Past, stored: KeysValues, fresh: Fresh, counts_B: jax.Array) ->
         values = x_LBTKH.astype(x_LRKSH.dtype).transpose(1, 2, 0, 3, 4)
         return x_LRKSH.at[:, rows_B[:, None], :, slots_BT].set(values, mode="drop")
 
-    return replace(
-        stored, k_LRKSH=put(stored.k_LRKSH, fresh.k_BTKH), v_LRKSH=put(stored.v_LRKSH, fresh.v_BTKH)
-    )
+    return replace(stored, k_LRKSH=put(stored.k_LRKSH, fresh.k_BTKH), v_LRKSH=put(stored.v_LRKSH, fresh.v_BTKH))
 
 
 def copy_rows(cache: Cache, sources_P: jax.Array, targets_P: jax.Array, count: jax.Array) -> Cache:

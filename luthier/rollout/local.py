@@ -100,6 +100,19 @@ class LocalEngine:
         self._row_buckets = (size.rows,) if split else buckets(size.rows)
         return size
 
+    def warm_up(self) -> None:
+        """Compile all that sampling takes, for a cache of the size reserved, so that no request waits for it."""
+        if self._size is None:
+            self.reserve()
+        for length in self._prompt_buckets:
+            for together in {1, self._together(length)}:
+                self._prefill([], length, together)
+        self._copy([(0, 0)])
+        for rows in self._row_buckets:
+            for alternatives in (0, checks.MOST_ALTERNATIVES):
+                self._run_decode(self._rows(rows, []), alternatives)
+        jax.block_until_ready(self._stored)
+
     def check(self, request: Request) -> None:
         """Raise UserError where a request cannot be served."""
         checks.check(request, self._model.config.vocab_size, self.limits.length, self.tokenizer is not None)
@@ -200,24 +213,34 @@ class LocalEngine:
         self._copy([(place.source, place.row) for place, _ in wave if place.source != place.row])
         left = [(place.row, drawing.prompt_T[place.kept : -1], place.kept) for place, drawing in wave]
         left = [item for item in left if len(item[1])]
-        most = self._keys.prefill_chunk_length
-        shorter = itertools.takewhile(lambda length: length < most, (16 << i for i in itertools.count()))
-        lengths = (*shorter, most)
         while left:
             left.sort(key=lambda item: len(item[1]), reverse=True)
-            length = bucket(lengths, min(most, len(left[0][1])))
-            together = min(most // length, self._slots_count)
-            alike = [item for item in left if bucket(lengths, min(most, len(item[1]))) == length][:together]
+            length = self._prompt_bucket(left[0][1])
+            together = self._together(length)
+            alike = [item for item in left if self._prompt_bucket(item[1]) == length][:together]
             self._prefill(alike, length, 1 if len(alike) == 1 else together)
-            rest = [
+            done = {row for row, _, _ in alike}
+            left = [item for item in left if item[0] not in done]
+            left += [
                 (row, tokens_T[length:], start + length) for row, tokens_T, start in alike if len(tokens_T) > length
             ]
-            done = {row for row, _, _ in alike}
-            left = [item for item in left if item[0] not in done] + rest
 
     @property
     def _slots_count(self) -> int:
         return len(self._slots.sequences)
+
+    @property
+    def _prompt_buckets(self) -> tuple[int, ...]:
+        """The lengths that prompts are read in: powers of two up to a whole chunk."""
+        most = self._keys.prefill_chunk_length
+        return (*itertools.takewhile(lambda length: length < most, (16 << i for i in itertools.count())), most)
+
+    def _prompt_bucket(self, tokens_T: np.ndarray) -> int:
+        return bucket(self._prompt_buckets, min(self._prompt_buckets[-1], len(tokens_T)))
+
+    def _together(self, length: int) -> int:
+        """Return how many prompts of a length are read at a time."""
+        return min(self._keys.prefill_chunk_length // length, self._slots_count)
 
     def _prefill(self, items: list[tuple[int, np.ndarray, int]], length: int, together: int) -> None:
         tokens_PT = np.zeros((together, length), np.int32)
@@ -251,17 +274,8 @@ class LocalEngine:
         size = self._compact()
         under_way = list(self._slots)
         rows = self._rows(size, under_way)
-        self._stored, after, chunk = programs.decode(
-            self._params,
-            self._stored,
-            rows,
-            bool(self._queue),
-            model=self._model,
-            compute=self._compute,
-            steps=self._keys.decode_steps,
-            alternatives=checks.MOST_ALTERNATIVES if any(drawing.sampling.logprobs for _, drawing in under_way) else 0,
-        )
-        after, chunk = jax.device_get((after, chunk))
+        asked = any(drawing.sampling.logprobs for _, drawing in under_way)
+        after, chunk = self._run_decode(rows, checks.MOST_ALTERNATIVES if asked else 0)
         columns = (chunk.logp_BS, chunk.softmax_logp_BS, chunk.alternative_ids_BSA, chunk.alternative_logp_BSA)
         taken = []
         for row, drawing in under_way:
@@ -272,6 +286,19 @@ class LocalEngine:
             self._slots.append(row, np.asarray([last, *piece.tokens_T[:-1]], np.int32))
             taken.append((row, drawing, piece))
         return taken
+
+    def _run_decode(self, rows: programs.Rows, alternatives: int) -> tuple[programs.Rows, programs.Chunk]:
+        self._stored, after, chunk = programs.decode(
+            self._params,
+            self._stored,
+            rows,
+            bool(self._queue),
+            model=self._model,
+            compute=self._compute,
+            steps=self._keys.decode_steps,
+            alternatives=alternatives,
+        )
+        return jax.device_get((after, chunk))
 
     def _rows(self, size: int, under_way: list[tuple[int, Drawing]]) -> programs.Rows:
         """Return the state of the first ``size`` rows as arrays."""

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from luthier import memory, mesh
+from luthier.config import EngineKeys, ModelKeys
+from luthier.errors import UserError
+from luthier.model.cache import Line
+from luthier.rollout.plan import Limits, Size, bucket, buckets
+
+LINES = {"layers": Line(layers=8, heads=4, width=64)}  # 8 KiB a token in bf16, 1 MiB for 128
+MIB = 2**20
+
+
+def limits(context: int | None = 1024, devices: int = 1, axes: dict[str, int] | None = None, **keys: float) -> Limits:
+    here = mesh.make(ModelKeys(**(axes or {})), jax.devices()[:devices])
+    return Limits(EngineKeys(**keys), context, LINES, jnp.bfloat16, here)
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted", "size"),
+    [
+        ({}, (5, 100), Size(5, 128)),
+        ({}, (5, 1000), Size(5, 1024)),
+        ({}, (1000, 100), Size(32, 128)),
+        ({"max_num_seqs": 3}, (5, 100), Size(3, 128)),
+        ({"max_num_seqs": 100}, (50, 100), Size(50, 128)),
+        ({"max_target_length": 300}, (5, 100), Size(5, 300)),
+        ({"kv_cache_gib": 40 / 1024}, (None, None), Size(5, 1024)),
+        ({"kv_cache_gib": 40 / 1024}, (2, None), Size(2, 1024)),
+    ],
+)
+def test_size_is_what_is_wanted_within_the_limits(
+    keys: dict[str, float], wanted: tuple[int | None, int | None], size: Size, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda mesh: 4096.0 * MIB)
+    assert limits(**keys).size(*wanted) == size
+
+
+def test_rows_are_split_over_devices_and_heads_too() -> None:
+    assert limits(devices=8, kv_cache_gib=16 / 1024).size(3, 128) == Size(8, 128)
+    assert limits(devices=8, kv_cache_gib=16 / 1024).size(None, None) == Size(16, 1024)
+    assert limits(devices=8, axes={"ici_tensor_parallelism": 4}, kv_cache_gib=16 / 1024).size(None, None) == Size(
+        16, 1024
+    )
+
+
+def test_the_default_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda mesh: 160.0 * MIB)
+    assert limits().size(None, None) == Size(5, 1024)
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(UserError) as refused:
+        limits(kv_cache_gib=4 / 1024).size(1, 1024)
+    message = str(refused.value)
+    assert "keys and values of 1024 tokens take 0.0078 GiB" in message
+    assert "kv_cache_gib is 0.0039 GiB" in message
+    assert "max_target_length=512 fits" in message
+
+
+def test_a_model_without_a_limit_needs_the_key() -> None:
+    assert limits(None).size(1, 100) == Size(1, 128)
+    assert limits(None, max_target_length=77).size(None, None) == Size(32, 77)
+    with pytest.raises(UserError, match="max_target_length=0: the model's config.json names no limit"):
+        limits(None).size(None, None)
+
+
+def test_buckets_are_few() -> None:
+    assert buckets(1) == (1,)
+    assert buckets(5) == (1, 5)
+    assert buckets(256) == (1, 8, 32, 128, 256)
+    assert bucket(buckets(40), 9) == 32
