@@ -1,4 +1,4 @@
-"""SmolLM2-135M's shape as files that every side of a benchmark reads: a model folder without weights, and rows.
+"""SmolLM2-135M's shape as files that every side of a benchmark reads: a model folder, random weights, and rows.
 
 The tokenizer has the real one's size but words of its own, so that a row can be made of an exact number of tokens.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -50,6 +52,33 @@ def write_model(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"eos_token": SPECIALS[2], "pad_token": SPECIALS[2], "unk_token": SPECIALS[0]}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special).save_pretrained(folder)
+
+
+def write_weights(folder: Path) -> None:
+    """Write ``model.safetensors`` beside the configuration: random weights in bfloat16, norms of one."""
+    D, F = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    N, K = (CONFIG[key] * CONFIG["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+    products = {
+        "self_attn.q_proj": (N, D),
+        "self_attn.k_proj": (K, D),
+        "self_attn.v_proj": (K, D),
+        "self_attn.o_proj": (D, N),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
+    random = np.random.default_rng(0)
+
+    def drawn(*shape: int) -> np.ndarray:
+        return (random.standard_normal(shape, np.float32) * CONFIG["initializer_range"]).astype(ml_dtypes.bfloat16)
+
+    norm_D = np.ones(D, ml_dtypes.bfloat16)
+    tensors = {"model.embed_tokens.weight": drawn(CONFIG["vocab_size"], D), "model.norm.weight": norm_D}
+    for layer in range(CONFIG["num_hidden_layers"]):
+        place = f"model.layers.{layer}"
+        tensors |= {f"{place}.{name}.weight": norm_D for name in ("input_layernorm", "post_attention_layernorm")}
+        tensors |= {f"{place}.{name}.weight": drawn(*shape) for name, shape in products.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_rows(path: Path, rows: int, length: int) -> None:

@@ -30,23 +30,27 @@ class Turns:
         os.dup2(2, 1)  # what libraries print is no message
         self.facts: dict[str, Any] = {}
         self._device_peak = device_peak
+        self._job: dict[str, Any] = {}
         self._steps = self._left = 0
         self._started = (0.0, 0.0)
 
-    def before_step(self, settle: Callable[[], Any] = lambda: None) -> None:
+    def before_step(self, settle: Callable[[], Any] = lambda: None) -> dict[str, Any]:
         """Call before each step, with what waits for the steps before; returns when this one is to be taken.
+
+        Returns what the parent's ``turn`` said about it.
 
         Raises SystemExit when the parent wants no more.
         """
         if self._left == 0:
             settle()
             self._report()
-            order = sys.stdin.readline()
-            self._steps = self._left = json.loads(order)["steps"] if order else 0
+            self._job = json.loads(sys.stdin.readline() or '{"steps": 0}')
+            self._steps = self._left = self._job.pop("steps")
             if self._left == 0:
                 raise SystemExit(0)
             self._started = (time.perf_counter(), _cpu_seconds())
         self._left -= 1
+        return self._job
 
     def _report(self) -> None:
         seconds, cpu_seconds = time.perf_counter() - self._started[0], _cpu_seconds() - self._started[1]
@@ -67,10 +71,13 @@ class Worker:
             )
         self.facts = self._read()
 
-    def turn(self, steps: int) -> dict[str, Any]:
-        """Let the worker take ``steps`` steps and return its report: seconds, cpu_seconds, peaks of memory."""
+    def turn(self, steps: int, **job: Any) -> dict[str, Any]:
+        """Let the worker take ``steps`` steps and return its report: seconds, cpu_seconds, peaks of memory.
+
+        ``job`` says what the steps are to do, where a worker has to be told.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"steps": steps}) + "\n")
+        self._process.stdin.write(json.dumps({"steps": steps, **job}) + "\n")
         self._process.stdin.flush()
         return self._read()
 

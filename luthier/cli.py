@@ -57,6 +57,28 @@ COMMANDS = {
         "luthier.commands.chat",
         ("load_parameters_path", "model_name", "compare", "system_prompt", "max_new_tokens", "temperature", "top_p"),
     ),
+    "eval": Command(
+        "[recipe.yml] key=value ...",
+        "Score a model on a dataset: completions by reward functions, or texts by loss.",
+        "luthier.commands.evaluate",
+        (
+            *("load_parameters_path", "model_name", "hf_path", "hf_eval_split", "train_data_columns"),
+            *("reward_functions", "num_generations", "max_new_tokens", "temperature", "system_prompt"),
+            *("run_name", "base_output_directory"),
+        ),
+    ),
+    "lm-eval": Command(
+        "arguments of lm_eval", "Run the lm-eval harness, with `--model luthier`.", "luthier.commands.lm_eval"
+    ),
+    "serve": Command(
+        "[recipe.yml] key=value ...",
+        "Answer OpenAI's HTTP API.",
+        "luthier.commands.serve",
+        (
+            *("load_parameters_path", "model_name", "host", "port", "api_key", "served_model_name"),
+            *("max_num_seqs", "max_target_length", "max_queue", "max_new_tokens", "temperature", "top_p"),
+        ),
+    ),
     "keys": Command("[command]", "List every key of a command: type, default, meaning.", "luthier.commands.keys"),
 }
 

@@ -8,6 +8,7 @@ Left out on purpose: checks that need jax, a model or the network.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -86,19 +87,16 @@ class TemplateKeys(Keys):
         return self
 
 
-class DataKeys(TemplateKeys):
-    """Which rows, and how they become tokens."""
+class DatasetKeys(TemplateKeys):
+    """Which dataset, and what of its rows."""
 
     hf_path: str = key(
         "",
-        "Dataset: hub id, folder that `datasets` saved, or `.jsonl .json .parquet .csv` files (globs too).",
+        "Dataset: hub id, folder that `datasets` saved, `.jsonl .json .parquet .csv` files (globs too), or "
+        "`reasoning_gym:TASK`.",
         "dataset_name",
     )
     hf_name: str | None = key(None, "Subset (configuration) of a hub dataset.")
-    train_split: str = key("train", "Split to train on; slices such as `train[:90%]` too.")
-    hf_eval_path: str = key("", "Held-out dataset, if it is not a split of `hf_path`.")
-    hf_eval_split: str = key("", "Held-out split. Default: `eval_fraction` of the training split.", "eval_split")
-    eval_fraction: float = key(0.0, "Share of the training split that is held out where no split is named.", ge=0, lt=1)
     train_data_columns: Columns | None = key(
         None,
         'Columns to read, such as `[\'messages\']` or `{"prompt": "input", "completion": "output"}`. '
@@ -111,6 +109,15 @@ class DataKeys(TemplateKeys):
     sft_train_on_completion_only: bool = key(
         True, "Train on assistant turns and their end token alone; off: on everything but padding."
     )
+
+
+class DataKeys(DatasetKeys):
+    """Which of its splits, and how rows become tokens."""
+
+    train_split: str = key("train", "Split to train on; slices such as `train[:90%]` too.")
+    hf_eval_path: str = key("", "Held-out dataset, if it is not a split of `hf_path`.")
+    hf_eval_split: str = key("", "Held-out split. Default: `eval_fraction` of the training split.", "eval_split")
+    eval_fraction: float = key(0.0, "Share of the training split that is held out where no split is named.", ge=0, lt=1)
     max_target_length: int = key(1024, "Tokens in a row of the batch.", ge=2)
     packing: bool = key(True, "Pack several conversations into a row (best fit); off: one a row, padded.")
     overlong_rows: Literal["truncate", "drop"] = key("truncate", "What happens to rows over `max_target_length`.")
@@ -192,7 +199,9 @@ class SampleKeys(Keys):
         le=1,
     )
     max_new_tokens: PositiveInt = key(256, "Tokens in a completion at most.", "max_tokens")
-    stop: list[str] = key([], "Texts that end a completion; they are not part of its text.")
+    stop: list[Annotated[str, Field(min_length=1)]] = key(
+        [], "Texts that end a completion; they are not part of its text."
+    )
     stop_token_ids: list[int] | None = key(
         None, "Tokens that end a completion. Default: the end tokens of the model and of its tokenizer."
     )
@@ -256,14 +265,18 @@ class GenerateConfig(InferenceKeys):
 
     prompt: str = key("", "The prompt: a user's message, or with `use_chat_template=false` text to go on with.")
     prompts_path: str = key(
-        "", "File of prompts: `.txt` (one a line), or `.jsonl` with a `prompt`, `messages` or `question` column."
+        "",
+        "File of prompts: `.txt` (one a line), or rows (`.jsonl .json .parquet .csv`) with a `prompt`, `messages`, "
+        "`conversations` or `question` column, each a text or a list of messages.",
     )
-    system_prompt: str = key("", "System message before each prompt.")
+    system_prompt: str = key("", "System message before each prompt that has none.")
     num_generations: PositiveInt = key(1, "Completions of each prompt.", "num_return_sequences", "n")
     logprobs: int | None = key(
         None, "Write each token's log-probability, and this many likelier alternatives; null: none.", ge=0, le=20
     )
-    output_path: str = key("", "File to write JSON lines to; empty: the terminal.")
+    output_path: str = key(
+        "", "File to write JSON lines to. Default: standard output; on a terminal the text alone, as it comes."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -280,7 +293,76 @@ class ChatConfig(InferenceKeys):
     compare: list[str] = key([], "Further models, as `load_parameters_path` names one, that answer side by side.")
 
 
-COMMANDS: dict[str, type[Keys]] = {"sft": SftConfig, "generate": GenerateConfig, "chat": ChatConfig}
+class EvalConfig(InferenceKeys, DatasetKeys):
+    """The keys of `luthier eval`."""
+
+    run_name: str = key("eval", "Name of the evaluation: its folder under `base_output_directory`.", min_length=1)
+    base_output_directory: str = key("runs", "Folder that holds runs.", min_length=1)
+    hf_eval_split: str = key(
+        "",
+        "Split to evaluate on; slices such as `test[:100]` too. Default: `test`, else `validation`, else the first.",
+        "eval_split",
+    )
+    reward_functions: list[str] = key(
+        [],
+        "What scores completions: built-in names, `package.module.function` or `path/to/file.py:function`. Empty: the "
+        "verifier of `reasoning_gym:TASK`; elsewhere nothing is sampled, and the rows' own tokens are scored.",
+    )
+    system_prompt: str = key("", "System message before prompts that have none.")
+    num_generations: PositiveInt = key(1, "Completions of each prompt.", "num_return_sequences", "n")
+    pass_at_k: list[int] = key([], "The k of pass@k and maj@k. Default: 1, 2, 4, ... up to `num_generations`.")
+    pass_threshold: float = key(1.0, "Reward from which a completion passes.")
+    per_device_batch_size: PositiveInt = key(
+        4, "Rows of tokens scored at a time on each device of the `data` and `fsdp` axes."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.hf_path:
+            raise ValueError("no dataset: set hf_path=... (a hub id, a saved folder or files)")
+        if self.num_generations > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_generations={self.num_generations} at temperature=0 gives the same completion each time: raise "
+                "the temperature, or take one"
+            )
+        for k in self.pass_at_k:
+            if not 1 <= k <= self.num_generations:
+                raise ValueError(f"pass_at_k={k}: give numbers from 1 to num_generations={self.num_generations}")
+        return self
+
+
+class ServeConfig(InferenceKeys):
+    """The keys of `luthier serve`."""
+
+    host: str = key(
+        "127.0.0.1", "Address to listen on; `api_key` is needed where other machines reach it.", min_length=1
+    )
+    port: int = key(8000, "Port to listen on; 0: any free one.", ge=0, le=65535)
+    api_key: str | None = key(
+        None, "Key that requests must bring (`Authorization: Bearer ...`); best set as LUTHIER_API_KEY.", repr=False
+    )
+    served_model_name: str = key(
+        "", "What requests call the model. Default: its hub id, or the name of its folder or file."
+    )
+    max_queue: PositiveInt = key(256, "Completions that may wait to begin; requests for more get status 429.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.api_key and not _is_loopback(self.host):
+            raise ValueError(
+                f"host={self.host} can be reached by other machines: set api_key (best as LUTHIER_API_KEY in the "
+                "environment), or host=127.0.0.1"
+            )
+        return self
+
+
+COMMANDS: dict[str, type[Keys]] = {
+    "sft": SftConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "eval": EvalConfig,
+    "serve": ServeConfig,
+}
 
 
 def _check_model(config: ModelKeys) -> None:
@@ -288,6 +370,13 @@ def _check_model(config: ModelKeys) -> None:
         raise ValueError("no model: set model_name=... or load_parameters_path=... (a folder, hub id or .gguf)")
     if config.load_parameters_path == "random" and not config.model_name:
         raise ValueError("load_parameters_path=random needs model_name=... for its config.json and tokenizer")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def resolve(command: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:

@@ -67,8 +67,8 @@ def read(model: type[K], arguments: Sequence[str], environment: Mapping[str, str
 
 
 def save(config: Keys, path: Path) -> None:
-    """Write every key as resolved, as a recipe that repeats the run. Secrets are left out."""
-    values = config.model_dump(exclude={"hf_access_token"})
+    """Write every key as resolved, as a recipe that repeats the run. Secrets, which have no repr, are left out."""
+    values = config.model_dump(exclude={name for name, field in type(config).model_fields.items() if not field.repr})
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -165,7 +165,8 @@ def _explain(model: type[Keys], error: ValidationError, places: Mapping[str, str
     row = _row(str(first["loc"][0]), model.model_fields[str(first["loc"][0])])
     message = message[0].lower() + message[1:]
     place = places.get(row.name, "default")
-    return f"{row.name}={_yaml(first['input'])} ({place}): {message}. It takes {row.type}: {row.meaning}"
+    value = _yaml(first["input"]) if model.model_fields[row.name].repr else "..."
+    return f"{row.name}={value} ({place}): {message}. It takes {row.type}: {row.meaning}"
 
 
 def _aliases(field: Any) -> list[str]:

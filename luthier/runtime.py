@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from luthier.config import RunKeys
+    from luthier.config import ProcessKeys
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def start(keys: RunKeys) -> None:
+def start(keys: ProcessKeys) -> None:
     """Prepare this process for a run: keep compiled programs on disk, so that a second run starts at once."""
     import jax
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,39 @@ def test_the_demo_recipe_names_what_the_demo_writes(demo):
 )
 def test_sums_are_worked_from_left_to_right(demo, expression, text):
     assert demo.worked(expression) == text
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ("4 - 1 = 3\nAnswer: 3", "Answer: 3"),
+        ("Answer: -33\n", "Answer: -33"),
+        ("Answer: 3.", ""),
+        ("So Answer: 3", ""),
+        ("Answer: 3\nAnd so on.", ""),
+        ("The answer is 3", ""),
+        ("", ""),
+    ],
+)
+def test_an_answer_counts_if_it_ends_as_it_was_asked_to(demo, answer, line):
+    assert demo.last_line(answer) == line
+
+
+def test_the_demo_asks_held_out_problems_and_shows_the_answers(demo, tmp_path, monkeypatch, capsys):
+    rows = [demo.conversation(f"{n} + 1 - 2 =", f"{n} + 1 - 2") for n in range(demo.TRAIN_ROWS + demo.TEST_ROWS)]
+    monkeypatch.setattr(demo, "conversations", lambda count, seed: rows[:count])
+    monkeypatch.setattr(demo, "DATA", tmp_path)
+    demo.write_data(tmp_path)
+    asked = [json.loads(line)["messages"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert asked == [row["messages"][:2] for row in rows[demo.TRAIN_ROWS :][: demo.ASKED_ROWS]]
+    right = [row["messages"][2]["content"] for row in rows[demo.TRAIN_ROWS :][: demo.ASKED_ROWS]]
+    demo.compare(["I do not know.\n\n\n\n\nSorry."] * len(right), right)
+    shown = capsys.readouterr().out
+    assert "400 + 1 - 2 = ?" in shown
+    assert "400 + 1 = 401" in shown
+    for name in ("ends as asked", "right"):
+        (row,) = (line for line in shown.splitlines() if line.startswith(f"│ {name} "))
+        assert [f"{count} of {demo.ASKED_ROWS}" in row for count in (0, demo.ASKED_ROWS)] == [True, True]
 
 
 def test_the_demo_writes_distinct_problems_with_right_answers(demo):

@@ -91,7 +91,6 @@ def _load_and_serve(config: ServeConfig, listener: socket.socket) -> None:
     from luthier.commands.server.job import Served
     from luthier.data import chat
     from luthier.rollout import opened as opening
-    from luthier.rollout.local import LocalEngine
 
     opened = opening.open_model(config)
     served = Served(
@@ -103,17 +102,10 @@ def _load_and_serve(config: ServeConfig, listener: socket.socket) -> None:
         vocab_size=opened.model.config.vocab_size,
     )
     with mesh_lib.use(opened.mesh):
-        engine = LocalEngine(
-            opened.model,
-            opened.params,
-            opened.compute,
-            opened.mesh,
-            config,
-            tokenizer=opened.tokenizer,
-            context_length=opened.context_length,
-            seed=config.seed,
-        )
+        engine = opening.open_engine(config, opened)
         size = engine.reserve()
+        print("Compiling; sooner done the next time.", flush=True)
+        engine.warm_up()
     print(f"Up to {size.rows} completions at a time, each of up to {size.length} tokens with its prompt.")
     _listen(config, listener)
     code = asyncio.run(_serve(config, listener, served, engine, opened.mesh))

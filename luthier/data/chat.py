@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from luthier.config import DatasetKeys, TemplateKeys
 from luthier.data.schemas import RowError
 from luthier.data.spans import Span, TemplateRefused, render, trained_spans, trains_header
 from luthier.errors import UserError
@@ -49,21 +50,30 @@ class Rendered:
     eos: bool = False
 
 
-def rendering(keys: Any, tokenizer: Any) -> Rendering:
-    """Return how ``keys`` (the data group of the configuration) want conversations rendered.
+def rendering(keys: DatasetKeys, tokenizer: Any) -> Rendering:
+    """Return how ``keys`` want conversations rendered to be trained on.
 
-    Raises UserError for a template file that cannot be read, a template that is not valid Jinja, and a tokenizer
-    without offsets when they are needed. A missing template is refused later, by the first row that needs one.
+    Raises UserError as ``prompt_rendering`` does, and for a tokenizer without offsets.
     """
-    template = keys.chat_template or _template_file(keys.chat_template_path)
-    how = Rendering(template, keys.use_chat_template, keys.sft_train_on_completion_only)
-    if how.use_chat_template and (template or tokenizer.chat_template):
-        _check_syntax(tokenizer, how)
+    how = replace(prompt_rendering(keys, tokenizer), completion_only=keys.sft_train_on_completion_only)
     if not tokenizer.is_fast:
         raise UserError(
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets, from which the loss mask is made. "
             "Set tokenizer_path to a tokenizer with a tokenizer.json."
         )
+    return how
+
+
+def prompt_rendering(keys: TemplateKeys, tokenizer: Any) -> Rendering:
+    """Return how ``keys`` want conversations rendered to be answered.
+
+    Raises UserError for a template file that cannot be read, and a template that is not valid Jinja. A missing template
+    is refused later, by the first conversation that needs one.
+    """
+    template = keys.chat_template or _template_file(keys.chat_template_path)
+    how = Rendering(template, keys.use_chat_template)
+    if how.use_chat_template and (template or tokenizer.chat_template):
+        _check_syntax(tokenizer, how)
     return how
 
 
@@ -77,7 +87,32 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], how: Rendering
 
 def to_text(tokenizer: Any, conversation: Conversation, how: Rendering) -> Rendered:
     """Return the conversation as one text with the spans of it that are trained. Raises RowError."""
-    rendered = _rendered(tokenizer, conversation, how)
+    return _checked(_rendered(tokenizer, conversation, how))
+
+
+def to_prompt(tokenizer: Any, conversation: Conversation, how: Rendering) -> Rendered:
+    """Return the conversation as the text that its next reply goes on from, with no spans. Raises RowError.
+
+    Without a chat template that is the contents, joined as they are trained on.
+    """
+    if not how.use_chat_template:
+        return _checked(replace(_joined(tokenizer, conversation, how), spans=()))
+    template = _template_for(tokenizer, conversation, how)
+    if "tool_calls" not in template:
+        conversation = _calls_as_text(conversation)
+    try:
+        text = render(tokenizer, template, conversation.messages, conversation.tools, prompt=True)
+    except TemplateRefused as refused:
+        roles = ", ".join(message["role"] for message in conversation.messages)
+        raise RowError(
+            "",
+            f"the chat template cannot render this conversation (roles: {roles}): {refused.__cause__}. Change its "
+            "messages, or give another template with chat_template_path=....",
+        ) from refused.__cause__
+    return _checked(Rendered(text, ()))
+
+
+def _checked(rendered: Rendered) -> Rendered:
     try:
         rendered.text.encode()
     except UnicodeEncodeError as error:
@@ -112,7 +147,7 @@ def tokenise(tokenizer: Any, rendered: Sequence[Rendered]) -> list[Example]:
         return_token_type_ids=False,
         verbose=False,
     )
-    bos = _added_bos(tokenizer) if any(item.bos for item in rendered) else []
+    bos = added_bos(tokenizer) if any(item.bos for item in rendered) else []
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples = []
     for item, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -173,7 +208,7 @@ def _in_spans(starts_T: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     return np.searchsorted(edges, starts_T, side="right") % 2 == 1
 
 
-def _added_bos(tokenizer: Any) -> list[int]:
+def added_bos(tokenizer: Any) -> list[int]:
     """Return the BOS that the tokenizer puts before plain text, as a list of one id or none."""
     ids = tokenizer("a", return_attention_mask=False)["input_ids"]
     return ids[:1] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []

@@ -1,4 +1,5 @@
-"""``hf_path`` -> the splits of a dataset: data files and folders here, saved and hub datasets through ``hub``.
+"""``hf_path`` -> the splits of a dataset: data files and folders here, saved and hub datasets through ``hub``, problems
+that are made by ``reasoning``.
 
 Left out on purpose: compressed and remote files, and datasets that are streamed.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from luthier.data import hub
+from luthier.data import hub, reasoning
 from luthier.data.rows import Chain, Rows, Selected, read_file
 from luthier.errors import UserError, did_you_mean
 
@@ -43,6 +44,8 @@ def open_splits(path: str, subset: str | None = None, token: str | None = None, 
     Single files and globs make one split, ``train``; a folder's files are told apart by words such as ``train`` and
     ``test`` in their names, and where there are Parquet files among them, others are taken to be about the dataset.
     """
+    if path.startswith(reasoning.PREFIX):
+        return reasoning.splits(path, key)
     local = Path(path).expanduser()
     if glob.has_magic(path) and not local.exists():
         found = sorted(Path(name) for name in glob.glob(str(local), recursive=True) if name.endswith(SUFFIXES))

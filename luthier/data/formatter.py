@@ -9,20 +9,18 @@ Left out on purpose: functions over batches of rows, and functions that drop or 
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import inspect
 import json
-import sys
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from luthier.data import functions
 from luthier.data.rows import SAMPLE, Rows, digest
-from luthier.errors import UserError, did_you_mean
+from luthier.errors import UserError
 
-_REMEDY = "Give `package.module.function`, importable from this folder, or `path/to/file.py:function`."
+_KEY = "formatting_func_path"
 
 
 class Formatted:
@@ -31,11 +29,11 @@ class Formatted:
     def __init__(self, rows: Rows, path: str, kwargs: Mapping[str, Any]):
         self.source = rows.source
         self._rows, self._path, self._kwargs = rows, path, dict(kwargs)
-        self._function = load_function(path)
+        self._function = functions.load(path, _KEY)
 
     @cached_property
     def _function(self) -> Callable[..., Any]:
-        return load_function(self._path)
+        return functions.load(self._path, _KEY)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -81,8 +79,8 @@ class Formatted:
             made = function(copy.deepcopy(row), **self._kwargs)
         except Exception as error:
             # The function is the user's: whatever it raises is about this row or about the function.
-            kind = type(error).__name__
-            raise UserError(f"{self.place(index)}: {self._path} failed: {kind}: {error}.{_line(error)}") from error
+            reason = f"{type(error).__name__}: {error}.{functions.line_of(error)}"
+            raise UserError(f"{self.place(index)}: {self._path} failed: {reason}") from error
         if not isinstance(made, Mapping):
             found = type(made).__name__
             raise UserError(f"{self.place(index)}: {self._path} returned {found}; it should return the row, a dict.")
@@ -91,57 +89,3 @@ class Formatted:
     def place(self, index: int) -> str:
         """The place in the source."""
         return self._rows.place(index)
-
-
-def load_function(path: str) -> Callable[..., Any]:
-    """Return the function at ``package.module.function`` or ``path/to/file.py:function``. Raises UserError."""
-    file, colon, name = path.rpartition(":")
-    if not colon:
-        module, dot, name = path.rpartition(".")
-        if not dot:
-            raise UserError(f"formatting_func_path={path}: no module named. {_REMEDY}")
-        loaded = _import(module, path)
-    else:
-        loaded = _execute(Path(file).expanduser(), path)
-    function = getattr(loaded, name, None)
-    if function is None:
-        known = [key for key, value in vars(loaded).items() if callable(value) and not key.startswith("_")]
-        hint = did_you_mean(name, known) or f" It has: {', '.join(known) or 'none'}."
-        raise UserError(f"formatting_func_path={path}: no function `{name}` there.{hint}")
-    if not callable(function):
-        raise UserError(f"formatting_func_path={path}: `{name}` is a {type(function).__name__}, not a function.")
-    return function
-
-
-def _import(module: str, path: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f"formatting_func_path={path}: {error}. {_REMEDY}") from None
-    except Exception as error:
-        raise UserError(f"formatting_func_path={path}: importing it failed: {error}.{_line(error)}") from error
-
-
-def _execute(file: Path, path: str) -> Any:
-    if not file.is_file():
-        raise UserError(f"formatting_func_path={path}: no file {file}. {_REMEDY}")
-    spec = importlib.util.spec_from_file_location(f"luthier_formatter_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"formatting_func_path={path}: {file} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"formatting_func_path={path}: running it failed: {error}.{_line(error)}") from error
-    return module
-
-
-def _line(error: Exception) -> str:
-    """Return where in the user's code the error arose."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})" if trace is not None else ""

@@ -97,22 +97,29 @@ def load(keys: Any, tokenizer: Any, on_progress: store.Progress | None = None) -
     how = chat.rendering(keys, tokenizer)
     train, held_out = open_rows(keys)
     shuffled = keys.seed if keys.enable_data_shuffling else None
-    trained = _token_rows(keys, tokenizer, how, train, shuffled, on_progress)
+    settings = {
+        "limit": keys.max_target_length,
+        "best_fit": keys.packing,
+        "drop": keys.overlong_rows == "drop",
+        "workers": keys.grain_worker_count,
+        "on_progress": on_progress,
+    }
+    trained = token_rows(store.Job(train, selection(keys, train), tokenizer, how), seed=shuffled, **settings)
     if held_out is None:
         return trained, None
-    return trained, _token_rows(keys, tokenizer, how, held_out, None, on_progress)
+    return trained, token_rows(store.Job(held_out, selection(keys, held_out), tokenizer, how), **settings)
 
 
 def open_rows(keys: Any) -> tuple[Rows, Rows | None]:
     """Return the rows that ``keys`` name for training and for evaluation, formatted but not yet read."""
     splits = files.open_splits(keys.hf_path, keys.hf_name, keys.hf_access_token)
-    train = _formatted(keys, files.open_split(splits, keys.train_split, keys.hf_path, "train_split"))
+    train = formatted(keys, files.open_split(splits, keys.train_split, keys.hf_path, "train_split"))
     if keys.hf_eval_path:
         splits = files.open_splits(keys.hf_eval_path, None, keys.hf_access_token, "hf_eval_path")
         split = keys.hf_eval_split or next(name for name in ("validation", "test", *splits) if name in splits)
-        return train, _formatted(keys, files.open_split(splits, split, keys.hf_eval_path, "hf_eval_split"))
+        return train, formatted(keys, files.open_split(splits, split, keys.hf_eval_path, "hf_eval_split"))
     if keys.hf_eval_split:
-        return train, _formatted(keys, files.open_split(splits, keys.hf_eval_split, keys.hf_path, "hf_eval_split"))
+        return train, formatted(keys, files.open_split(splits, keys.hf_eval_split, keys.hf_path, "hf_eval_split"))
     return files.hold_out(train, keys.eval_fraction, keys.seed) if keys.eval_fraction else (train, None)
 
 
@@ -129,25 +136,29 @@ def selection(keys: Any, rows: Rows) -> schemas.Selection:
     return schemas.select(wanted, rows.columns, rows.source)
 
 
-def _formatted(keys: Any, rows: Rows) -> Rows:
+def formatted(keys: Any, rows: Rows) -> Rows:
+    """Return the rows as the function of the key ``formatting_func_path`` rewrites them, if there is one."""
     path = keys.formatting_func_path
     return Formatted(rows, path, keys.formatting_func_kwargs) if path else rows
 
 
-def _token_rows(
-    keys: Any,
-    tokenizer: Any,
-    how: chat.Rendering,
-    rows: Rows,
-    seed: int | None,
-    on_progress: store.Progress | None,
+def token_rows(
+    job: store.Job,
+    *,
+    limit: int,
+    best_fit: bool = True,
+    drop: bool = False,
+    seed: int | None = None,
+    workers: int = 0,
+    on_progress: store.Progress | None = None,
 ) -> TokenRows:
-    """Tokenise and pack ``rows``, in their order or, with a seed, in a random one."""
-    job = store.Job(rows, selection(keys, rows), tokenizer, how)
-    tokens = store.tokens(job, keys.grain_worker_count, on_progress)
-    limit = keys.max_target_length
+    """Tokenise the job's rows and pack them into rows of ``limit`` tokens, in their order or a random one by ``seed``.
+
+    What is over the limit is cut off, or dropped. Raises UserError where there is nothing to train on or to score.
+    """
+    rows = job.rows
+    tokens = store.tokens(job, workers, on_progress)
     over_C = tokens.lengths_C > limit
-    drop = keys.overlong_rows == "drop"
     trained_C = tokens.trained_C.copy()
     for index in np.flatnonzero(over_C):
         trained_C[index] = 0 if drop else tokens.example(int(index), limit).mask_T[1:].sum()
@@ -163,7 +174,7 @@ def _token_rows(
         raise UserError(_nothing_to_train(rows, tokens, untrained_C, limit))
     if seed is not None:
         kept = np.random.default_rng(seed).permutation(kept)
-    packed = _pack(tokens, kept, limit, keys.packing)
+    packed = _pack(tokens, kept, limit, best_fit)
     used = int(packed.lengths_C.sum())
     report = Report(
         source=rows.source,
@@ -223,4 +234,4 @@ def _warnings(rows: Rows, tokens: store.Tokens, untrained_C: np.ndarray, limit: 
     return tuple(found)
 
 
-__all__ = ["Batches", "Report", "TokenRows", "batches", "load", "open_rows"]
+__all__ = ["Batches", "Report", "TokenRows", "batches", "formatted", "load", "open_rows", "selection", "token_rows"]

@@ -1,8 +1,8 @@
 """Causal attention within segments: one function, the platform's best kernel.
 
 ``blockwise`` is plain XLA and runs anywhere; ``cudnn`` and ``splash`` are the fused kernels of NVIDIA GPUs and TPUs.
-Where a cache goes before the tokens, ``attention_cached`` takes over. Left out on purpose: attention that is not causal,
-and biases.
+Where a cache goes before the tokens, ``attention_cached`` takes over. Left out on purpose: attention that is not
+causal, and biases.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def attention(
 
     Raises UserError where ``implementation`` ("auto", "blockwise", "cudnn" or "splash") cannot run here.
     """
-    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q_BTNH.shape[-1] ** -0.5) if scale is None else scale
     if past is not None:
         with jax.named_scope("attention_cached"):
             return cached(q_BTNH, k_BSKH, v_BSKH, past, scale=scale, window=window)

@@ -41,10 +41,8 @@ def cached(
     K = k_BTKH.shape[2]
     group = N // K
     q_BKRH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * group, H)
-    if T == 1:
-        new = _over_itself(q_BKRH, k_BTKH, v_BTKH, scale)
-    else:
-        new = _over_new(q_BTNH, k_BTKH, v_BTKH, scale, window)
+    alone = _over_itself if T == 1 else _over_new
+    new = alone(q_BTNH, k_BTKH, v_BTKH, scale, window)
     queries_BT = past.lengths_B[:, None] + jnp.arange(T)
 
     def block(number: jax.Array, so_far: _Softmax) -> _Softmax:
@@ -69,8 +67,10 @@ def cached(
     return o_BKRH.reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def _over_itself(q_BKRH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array, scale: float) -> _Softmax:
+def _over_itself(q_B1NH: Any, k_B1KH: Any, v_B1KH: Any, scale: float, window: int | None) -> _Softmax:
     """Return the softmax of one new token over itself."""
+    B, _, N, H = q_B1NH.shape
+    q_BKRH = q_B1NH.reshape(B, k_B1KH.shape[2], -1, H)
     k_BK1H, v_BK1H = k_B1KH.swapaxes(1, 2), v_B1KH.swapaxes(1, 2)
     score_BKR = jnp.sum(q_BKRH.astype(jnp.float32) * k_BK1H.astype(jnp.float32), axis=-1) * scale
     values = jnp.broadcast_to(v_BK1H.astype(jnp.float32), q_BKRH.shape)

@@ -11,7 +11,6 @@ Left out on purpose: which sequence has which row (``rollout.local``), and pages
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,13 +144,18 @@ def row_bytes(lines: Lines, length: int, dtype: Any) -> int:
 def make(lines: Lines, rows: int, length: int, dtype: Any, mesh: Mesh) -> Cache:
     """Return an empty cache for ``rows`` sequences of ``length`` tokens, split over the mesh as the model is."""
     shapes = {name: line.shape(rows, length) for name, line in lines.items()}
-    shardings = {name: mesh_lib.sharding(AXES, shape, mesh) for name, shape in shapes.items()}
 
-    @functools.partial(jax.jit, out_shardings={name: KeysValues(s, s) for name, s in shardings.items()})
+    @jax.jit
     def zeros() -> Cache:
-        return {name: KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for name, shape in shapes.items()}
+        return {name: KeysValues(*(_placed(jnp.zeros(shape, dtype)) for _ in "kv")) for name, shape in shapes.items()}
 
-    return zeros()
+    with mesh_lib.use(mesh):
+        return zeros()
+
+
+def _placed(x_LRKSH: jax.Array) -> jax.Array:
+    """Pin the layout of a part of the cache: a program gives it back as it got it, and can be given it again."""
+    return mesh_lib.constrain(x_LRKSH, *AXES)
 
 
 def write(past: Past, fresh: Mapping[str, Fresh], counts_B: jax.Array) -> Cache:
@@ -171,7 +175,7 @@ def _write(past: Past, stored: KeysValues, fresh: Fresh, counts_B: jax.Array) ->
     def put(x_LRKSH: jax.Array, x_LBTKH: jax.Array) -> jax.Array:
         # Indices on both sides of a slice move its axes to the front: [B, T, L, K, H].
         values = x_LBTKH.astype(x_LRKSH.dtype).transpose(1, 2, 0, 3, 4)
-        return x_LRKSH.at[:, rows_B[:, None], :, slots_BT].set(values, mode="drop")
+        return _placed(x_LRKSH.at[:, rows_B[:, None], :, slots_BT].set(values, mode="drop"))
 
     return replace(stored, k_LRKSH=put(stored.k_LRKSH, fresh.k_BTKH), v_LRKSH=put(stored.v_LRKSH, fresh.v_BTKH))
 
@@ -186,4 +190,4 @@ def copy_rows(cache: Cache, sources_P: jax.Array, targets_P: jax.Array, count: j
 
         return jax.tree.map(one, cache)
 
-    return jax.lax.fori_loop(0, count, copy, cache)
+    return jax.tree.map(_placed, jax.lax.fori_loop(0, count, copy, cache))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 from luthier.errors import UserError
 from luthier.rollout.engine import Request, Sampling
 
 MOST_ALTERNATIVES = 20
+COLDEST, HOTTEST = 1e-6, 1e3  # beyond these, fp32 gives infinities or a uniform draw
 
 
 def check(request: Request, vocab_size: int, length: int | None, reads_text: bool) -> None:
-    """Raise UserError where a request cannot be served by a model of ``vocab_size`` and ``length`` tokens of context."""
+    """Raise UserError where a model of ``vocab_size`` and ``length`` tokens of context cannot serve a request."""
     if request.samples < 1:
         raise UserError(f"samples={request.samples}: at least one completion must be asked for.")
     if len(request.prompt) == 0:
@@ -33,8 +32,11 @@ def check(request: Request, vocab_size: int, length: int | None, reads_text: boo
 def check_sampling(how: Sampling, reads_text: bool) -> None:
     """Raise UserError for a setting that is out of its range; ``reads_text`` is whether stop texts can be found."""
     ranges = {
-        "temperature": (0 <= how.temperature < math.inf, "0 (the likeliest token) or more"),
-        "top_k": (how.top_k >= 0, "0 (all tokens) or more"),
+        "temperature": (
+            how.temperature == 0 or COLDEST <= how.temperature <= HOTTEST,
+            f"0 (the likeliest token) or from {COLDEST:g} to {HOTTEST:g}",
+        ),
+        "top_k": (0 <= how.top_k < 2**31, "0 (all tokens) or more, below 2^31"),
         "top_p": (0 < how.top_p <= 1, "over 0 and at most 1"),
         "min_p": (0 <= how.min_p <= 1, "from 0 to 1"),
         "max_new_tokens": (how.max_new_tokens >= 1, "at least 1"),

@@ -100,8 +100,11 @@ class LocalEngine:
         self._row_buckets = (size.rows,) if split else buckets(size.rows)
         return size
 
-    def warm_up(self) -> None:
-        """Compile all that sampling takes, for a cache of the size reserved, so that no request waits for it."""
+    def warm_up(self, *, logprobs: bool = False) -> None:
+        """Compile all that sampling takes, for a cache of the size reserved, so that no request waits for it.
+
+        What reports likeliest tokens is compiled with ``logprobs`` alone, else when it is first asked for.
+        """
         if self._size is None:
             self.reserve()
         for length in self._prompt_buckets:
@@ -109,7 +112,7 @@ class LocalEngine:
                 self._prefill([], length, together)
         self._copy([(0, 0)])
         for rows in self._row_buckets:
-            for alternatives in (0, checks.MOST_ALTERNATIVES):
+            for alternatives in (0, checks.MOST_ALTERNATIVES) if logprobs else (0,):
                 self._run_decode(self._rows(rows, []), alternatives)
         jax.block_until_ready(self._stored)
 

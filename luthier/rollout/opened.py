@@ -5,12 +5,13 @@ Left out on purpose: training's way to the same weights (``train.job``), which h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from luthier import mesh as mesh_lib
@@ -23,6 +24,7 @@ from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.rollout.engine import Sampling
+from luthier.rollout.local import LocalEngine
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ class Opened:
         return self.source.config.get("max_position_embeddings")
 
 
-def open_model(keys: InferenceKeys) -> Opened:
+def open_model(keys: InferenceKeys, look: Callable[[Source, Any], None] | None = None) -> Opened:
     """Read what ``keys`` name. The mesh is to be put in use (``mesh.use``) around all that computes with it.
 
+    ``look`` is given the source and the tokenizer before weights are read, to refuse in time what does not suit them.
     Raises UserError for what is not there or does not fit together.
     """
     place = source.resolve(keys)
@@ -56,8 +59,24 @@ def open_model(keys: InferenceKeys) -> Opened:
         param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
         attention.choose(keys.attention, dtype, model.config.head_dim)  # raises where the kernel cannot run
         words = tokenizer.load(place, keys.tokenizer_path, keys.hf_access_token)
+        if look is not None:
+            look(place, words)
         params = _params(keys, place, model, dtype, mesh)
     return Opened(place, model, params, words, mesh, Compute(dtype, keys.attention))
+
+
+def open_engine(keys: InferenceKeys, opened: Opened) -> LocalEngine:
+    """Return the embedded engine on an opened model. To be called with its mesh in use."""
+    return LocalEngine(
+        opened.model,
+        opened.params,
+        opened.compute,
+        opened.mesh,
+        keys,
+        tokenizer=opened.tokenizer,
+        context_length=opened.context_length,
+        seed=keys.seed,
+    )
 
 
 def end_tokens(opened: Opened) -> tuple[int, ...]:
@@ -65,6 +84,12 @@ def end_tokens(opened: Opened) -> tuple[int, ...]:
     named = [(opened.source.generation_config or {}).get("eos_token_id"), opened.source.config.get("eos_token_id")]
     listed = [ids if isinstance(ids, Sequence) else [ids] for ids in [*named, opened.tokenizer.eos_token_id]]
     return tuple(sorted({token for ids in listed for token in ids if token is not None}))
+
+
+def prompt_seeds(seed: int, count: int) -> list[int]:
+    """Return a seed for each of ``count`` prompts: with one for all, prompts would share their luck."""
+    states = (np.random.SeedSequence([seed, index]).generate_state(1)[0] for index in range(count))
+    return [int(state >> 1) for state in states]  # 31 bits: an int32 everywhere
 
 
 def sampling(keys: InferenceKeys, opened: Opened) -> Sampling:

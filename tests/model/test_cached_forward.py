@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from luthier import mesh
 from luthier.config import ModelKeys
 from luthier.model import cache, param
@@ -33,7 +33,7 @@ def whole_logp(model: Model, params: Any, tokens_BT: np.ndarray) -> np.ndarray:
 def pieces_logp(
     model: Model, params: Any, tokens_BT: np.ndarray, pieces: list[list[int]], rows_B: Any, empty: Any
 ) -> np.ndarray:
-    """Read row b by ``pieces[i][b]`` tokens at a time, padded to the longest, and return the log-probs at each token."""
+    """Return the log-probs at each token, with row b read by ``pieces[i][b]`` tokens at a time, padded to the longest."""
 
     @jax.jit
     def extend(params: Any, stored: Any, tokens_BT: Any, lengths_B: Any, counts_B: Any) -> Any:

@@ -211,7 +211,7 @@ def test_closing_the_iterator_ends_the_rest() -> None:
 def test_200_mixed_requests_compile_nothing_and_leave_nothing() -> None:
     engine, _ = make()
     engine.reserve()
-    engine.warm_up()
+    engine.warm_up(logprobs=True)
     compiled: list[str] = []
 
     def listen(event: str, duration: float, **_: Any) -> None:
@@ -256,8 +256,13 @@ def test_200_mixed_requests_compile_nothing_and_leave_nothing() -> None:
         (Request([256], 1), ["token 256", "vocabulary is 256", "tokenizer_path"]),
         (Request([1] * 64, 1), ["64 tokens", "max_target_length"]),
         (Request([1], 0), ["samples=0"]),
-        (Request([1], 1, Sampling(temperature=-1)), ["temperature=-1", "0 (the likeliest token) or more"]),
+        (
+            Request([1], 1, Sampling(temperature=-1)),
+            ["temperature=-1", "0 (the likeliest token) or from 1e-06 to 1000"],
+        ),
         (Request([1], 1, Sampling(temperature=float("nan"))), ["temperature=nan"]),
+        (Request([1], 1, Sampling(temperature=1e300)), ["temperature=1e+300"]),
+        (Request([1], 1, Sampling(top_k=2**31)), ["top_k=2147483648"]),
         (Request([1], 1, Sampling(top_p=0)), ["top_p=0", "over 0"]),
         (Request([1], 1, Sampling(top_k=-1)), ["top_k=-1"]),
         (Request([1], 1, Sampling(min_p=2)), ["min_p=2"]),

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from luthier import mesh
 from luthier.config import EngineKeys, ModelKeys
 from luthier.model import param

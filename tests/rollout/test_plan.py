@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 def test_a_model_without_a_limit_needs_the_key() -> None:
     assert limits(None).size(1, 100) == Size(1, 128)
     assert limits(None, max_target_length=77).size(None, None) == Size(32, 77)
-    with pytest.raises(UserError, match="max_target_length=0: the model's config.json names no limit"):
+    with pytest.raises(UserError, match=r"max_target_length=0: the model's config.json names no limit"):
         limits(None).size(None, None)
 
 

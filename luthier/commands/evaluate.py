@@ -1,0 +1,101 @@
+"""`luthier eval`: a model on a dataset, by reward functions over sampled completions, or by the loss of its own tokens.
+
+A folder ``base_output_directory/run_name`` is left with ``config.yml``, ``results.json`` (at the end, in one piece)
+and, where something was sampled, ``completions.jsonl``, which grows while the command runs.
+
+Left out on purpose: going on with an evaluation that was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier import mesh as mesh_lib
+from luthier.checkpoint import disk
+from luthier.commands import evaluate_samples, evaluate_text
+from luthier.config import EvalConfig
+from luthier.data import files, reasoning, source
+from luthier.data.rows import Rows
+from luthier.errors import UserError
+from luthier.rollout import reward
+from luthier.rollout.estimators import Interval
+from luthier.rollout.opened import open_model
+from luthier.train import display, folder
+
+RESULTS = "results.json"
+
+
+def run(config: EvalConfig) -> None:
+    """Run ``luthier eval``: check what is cheap to check, open the model, score, write and print the results.
+
+    Raises UserError for what the user can mend, RunError where the results cannot be written.
+    """
+    console = display.console()
+    place = _folder(config)
+    rewards = reward.load(_named(config))
+    rows = open_rows(config)
+    chosen = source.selection(config, rows)
+    if rewards and chosen.schema == "text":
+        raise UserError(
+            f"reward_functions={[each.name for each in rewards]}: {rows.source} has plain text, which asks for no "
+            "completion. Leave them out to score the text itself, or map its columns by train_data_columns."
+        )
+    prompts = evaluate_samples.read_prompts(config, rows, chosen) if rewards else []
+    ids: list[list[int]] = []
+    opened = open_model(config, lambda _, tokenizer: ids.extend(evaluate_samples.encode(config, prompts, tokenizer)))
+    with mesh_lib.use(opened.mesh):
+        if rewards:
+            job = evaluate_samples.prepare(config, opened, prompts, ids, rewards)
+            results = evaluate_samples.evaluate(job, folder.open_(config), console)
+        else:
+            results = evaluate_text.evaluate(config, opened, rows, chosen, console)
+    results = {"model": opened.source.name, "dataset": rows.source} | results
+    _write(folder.open_(config) / RESULTS, results)
+    display.table(console, f"{opened.source.name} on {rows.source}", dict(lines(results)))
+    console.print(f"Written to {place}.")
+
+
+def open_rows(config: EvalConfig) -> Rows:
+    """Return the rows of the split that is asked for, or of the held-out split that there is, formatted."""
+    splits = files.open_splits(config.hf_path, config.hf_name, config.hf_access_token)
+    usual = [name for name in ("test", "validation") if name in splits] or list(splits)
+    split = config.hf_eval_split or usual[0]
+    return source.formatted(config, files.open_split(splits, split, config.hf_path, "hf_eval_split"))
+
+
+def lines(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of the numbers in ``results``, as they are printed."""
+    for name, measures in results.get("rewards", {}).items():
+        for measure, value in measures.items():
+            if isinstance(value, Mapping):
+                interval = Interval(**value)
+                yield f"{name} {measure}", f"{interval.value:.4f}  (95%: {interval.low:.4f} to {interval.high:.4f})"
+            elif value:
+                yield f"{name} {measure}", str(value)
+    for group in ("completions", "text"):
+        for name, value in results.get(group, {}).items():
+            shown = ", ".join(f"{key} {count}" for key, count in value.items()) if isinstance(value, Mapping) else value
+            yield name, f"{shown:.4f}" if isinstance(shown, float) else f"{shown}"
+    yield "seconds", f"{results['seconds']:.1f}"
+
+
+def _named(config: EvalConfig) -> list[str]:
+    own = ["reasoning_gym"] if config.hf_path.startswith(reasoning.PREFIX) else []
+    return config.reward_functions or own
+
+
+def _folder(config: EvalConfig) -> Path:
+    place = folder.check(config)
+    if (place / RESULTS).exists():
+        raise UserError(f"{place}: holds the results of an evaluation. Choose another run_name, or remove the folder.")
+    return place
+
+
+def _write(path: Path, results: Mapping[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}")
+    with disk.writing(path, "the results", lambda: "The completions are whole. Make room, and run it again."):
+        draft.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(path)

@@ -1,0 +1,94 @@
+"""The final answer of a text, under the marks that people and models put around one."""
+
+from __future__ import annotations
+
+import pytest
+
+from luthier.rollout import answers
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 72", "72"),
+        ("48/2 = <<48/2=24>>24 clips\n#### 1,234", "1234"),
+        ("#### $5 of the 8", "5"),
+        ("It costs $1,050.00.", "1050"),
+        ("so 1,2 and 3", "3"),
+        ("-5", "-5"),
+        ("a loss of -$12.50", "-12.5"),
+        ("10-5", "5"),
+        ("(3)-4", "4"),
+        ("\u22127", "-7"),
+        ("about .5 litres", "0.5"),
+        ("1{,}234 km", "1234"),
+        (r"\$40\%", "40"),
+        ("-0", "0"),
+        ("007", "7"),
+        ("100", "100"),
+        ("no number", None),
+        ("3 apples\n#### none", None),
+        ("", None),
+    ],
+)
+def test_final_number(text, number):
+    assert answers.final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"thus \boxed{\frac{1}{2}} and no more", r"\frac{1}{2}"),
+        (r"\boxed{1} or rather \boxed{2}", "2"),
+        (r"\boxed{1", None),
+        ("no box", None),
+    ],
+)
+def test_boxed(text, answer):
+    assert answers.boxed(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer> B </answer> and 7", "B"),
+        ("<answer>1</answer> <answer>2</answer>", "2"),
+        (r"#### 5 but \boxed{6}", "6"),
+        ("reasons\n#### 5\nmore", "5"),
+        ("The answer is **12 apples**.", "12 apples"),
+        ("Answer: 3\nFinal answer: 4", "4"),
+        ("I have an answer in mind", None),
+        ("nothing marked 5", None),
+    ],
+)
+def test_stated(text, answer):
+    assert answers.stated(text) == answer
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        (
+            "#### 1,000",
+            "The answer is $1000.00",
+            r"\boxed{1000}",
+            "It is 1000 dollars",
+            "Answer: 1000 dollars per month",
+        ),
+        ("<answer>Paris</answer>", "answer: paris.", "Let me think.\n\nPARIS"),
+        (r"\boxed{\sqrt{2}}", r"Answer: \sqrt{2}"),
+    ],
+)
+def test_votes_for_the_same_answer_are_equal(texts):
+    assert len({answers.final_answer(text) for text in texts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("Answer: 2x", "Answer: 2"), (r"\boxed{\sqrt{2}}", r"\boxed{2}"), ("a", "b")]
+)
+def test_votes_for_other_answers_are_not(one, other):
+    assert answers.final_answer(one) != answers.final_answer(other)
+
+
+def test_no_text_has_no_answer():
+    assert answers.final_answer(" \n ") is None
