@@ -44,7 +44,7 @@ types: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.base
-	$(BIN)/luthier keys sft > docs/keys.md
+	$(BIN)/luthier keys > docs/keys.md
 
 clean:
 	rm -rf $(VENV)

@@ -22,11 +22,11 @@ def run(arguments: Sequence[str]) -> None:
         if name not in COMMANDS:
             hint = did_you_mean(name, list(COMMANDS)) or f" Commands with keys: {', '.join(COMMANDS)}."
             raise UserError(f"no keys for `{name}`.{hint}")
-    for name in names:
-        if sys.stdout.isatty():
+    if sys.stdout.isatty():
+        for name in names:
             _print_table(name)
-        else:
-            print(markdown(name), end="")
+    else:
+        print("\n".join(map(markdown, names)), end="")
 
 
 def markdown(name: str) -> str:

@@ -69,7 +69,7 @@ def cached(
 
 def _over_itself(q_B1NH: Any, k_B1KH: Any, v_B1KH: Any, scale: float, window: int | None) -> _Softmax:
     """Return the softmax of one new token over itself."""
-    B, _, N, H = q_B1NH.shape
+    B, _, _, H = q_B1NH.shape
     q_BKRH = q_B1NH.reshape(B, k_B1KH.shape[2], -1, H)
     k_BK1H, v_BK1H = k_B1KH.swapaxes(1, 2), v_B1KH.swapaxes(1, 2)
     score_BKR = jnp.sum(q_BKRH.astype(jnp.float32) * k_BK1H.astype(jnp.float32), axis=-1) * scale

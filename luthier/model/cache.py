@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from luthier import mesh as mesh_lib
 
-BLOCK = 256  # slots that attention reads at a time; rows are whole blocks
+BLOCK = 128  # slots that attention reads at a time; rows are whole blocks
 AXES = ("layer", "batch", "kv_heads", "time", "head_dim")
 
 

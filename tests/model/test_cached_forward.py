@@ -33,7 +33,7 @@ def whole_logp(model: Model, params: Any, tokens_BT: np.ndarray) -> np.ndarray:
 def pieces_logp(
     model: Model, params: Any, tokens_BT: np.ndarray, pieces: list[list[int]], rows_B: Any, empty: Any
 ) -> np.ndarray:
-    """Return the log-probs at each token, with row b read by ``pieces[i][b]`` tokens at a time, padded to the longest."""
+    """Return the log-probs at each token, with row b read by ``pieces[i][b]`` tokens at a time, padded to the most."""
 
     @jax.jit
     def extend(params: Any, stored: Any, tokens_BT: Any, lengths_B: Any, counts_B: Any) -> Any:
