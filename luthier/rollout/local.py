@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from luthier import mesh as mesh_lib
 from luthier.config import EngineKeys
+from luthier.errors import UserError
 from luthier.model import cache
 from luthier.model.compute import Compute
 from luthier.model.model import Model
@@ -139,6 +140,13 @@ class LocalEngine:
         """
         self.check(request)
         size = self._size or self.reserve()
+        if len(request.prompt) >= size.length:
+            size = self.reserve()
+        if len(request.prompt) >= size.length:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens, and the cache, which is in use, was made for "
+                f"{size.length}. Call reserve() before the first request."
+            )
         number, sampling = next(self._numbers), request.sampling
         # Reproducible where the request has a seed; else by the engine's seed and all that it was asked before.
         seed = [self._seed, number] if sampling.seed is None else [sampling.seed]
@@ -284,9 +292,9 @@ class LocalEngine:
         for row, drawing in under_way:
             count = after.drawn_B[row] - rows.drawn_B[row]
             last = drawing.last_token
-            row_columns = [column[row, :count] for column in columns]
-            piece = drawing.take(chunk.tokens_BS[row, :count].copy(), row_columns, not after.live_B[row])
-            self._slots.append(row, np.asarray([last, *piece.tokens_T[:-1]], np.int32))
+            tokens_T, row_columns = chunk.tokens_BS[row, :count], [column[row, :count] for column in columns]
+            self._slots.append(row, np.asarray([last, *tokens_T[:-1]], np.int32))
+            piece = drawing.take(tokens_T, row_columns, not after.live_B[row])
             taken.append((row, drawing, piece))
         return taken
 

@@ -46,10 +46,11 @@ class Sequence:
         """
         found = self.watch.push(tokens_T) if self.watch else None
         count = len(tokens_T) if found is None else found[0]
-        logp_T, softmax_logp_T, ids_TA, logp_TA = (column[:count] for column in columns)
+        # Copied, or each piece would keep the whole chunk that it is a part of.
+        tokens_T, logp_T, softmax_logp_T, ids_TA, logp_TA = (column[:count].copy() for column in (tokens_T, *columns))
         wanted = self.sampling.logprobs
         alternatives = Alternatives(ids_TA[:, :wanted], logp_TA[:, :wanted]) if wanted else None
-        piece = Piece(self.request, self.sample, tokens_T[:count], logp_T, softmax_logp_T, alternatives)
+        piece = Piece(self.request, self.sample, tokens_T, logp_T, softmax_logp_T, alternatives)
         self.pieces.append(piece)
         if found is not None:
             self.finish, self.stopped_by = "stop", found[1]

@@ -249,6 +249,20 @@ def test_200_mixed_requests_compile_nothing_and_leave_nothing() -> None:
     assert held() == before
 
 
+@pytest.mark.usefixtures("one_device")
+def test_the_cache_grows_while_idle_and_refuses_what_it_has_no_room_for() -> None:
+    engine, params = make(EngineKeys(max_num_seqs=2, decode_steps=3))
+    list(engine.generate([Request([1, 2], 1, Sampling(max_new_tokens=3))]))
+    short = engine.reserve(1, 1)
+    engine.submit(Request([1, 2], 1, Sampling(max_new_tokens=9)))
+    with pytest.raises(UserError, match=rf"{short.length + 5} tokens, and the cache, which is in use"):
+        engine.submit(Request([3] * (short.length + 5), 1))
+    while engine.busy:
+        engine.step()
+    (done,) = engine.generate([Request([3] * (short.length + 5), 1, Sampling(max_new_tokens=4))])
+    assert len(done.tokens_T) == 4
+
+
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
