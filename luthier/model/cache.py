@@ -185,8 +185,11 @@ def copy_rows(cache: Cache, sources_P: jax.Array, targets_P: jax.Array, count: j
 
     def copy(i: jax.Array, cache: Cache) -> Cache:
         def one(x_LRKSH: jax.Array) -> jax.Array:
-            row = jax.lax.dynamic_index_in_dim(x_LRKSH, sources_P[i], axis=1)
-            return jax.lax.dynamic_update_index_in_dim(x_LRKSH, row, targets_P[i], axis=1)
+            # By gather and scatter: a slice at a traced row of an axis that is split over devices would bring all of it
+            # to each of them.
+            source_1, target_1 = (jax.lax.dynamic_slice_in_dim(rows_P, i, 1) for rows_P in (sources_P, targets_P))
+            row = x_LRKSH.at[:, source_1].get(mode="clip")
+            return x_LRKSH.at[:, target_1].set(row, mode="drop")
 
         return jax.tree.map(one, cache)
 

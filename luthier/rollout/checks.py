@@ -26,6 +26,9 @@ def check(request: Request, vocab_size: int, length: int | None, reads_text: boo
             f"the prompt has {len(request.prompt)} tokens, and prompt and completion together have {length} "
             "(max_target_length, or the model's own limit). Shorten the prompt or raise max_target_length."
         )
+    for token in request.sampling.stop_token_ids:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"stop_token_ids: {token} is no token of the model, which has {vocab_size}. Leave it out.")
     check_sampling(request.sampling, reads_text)
 
 

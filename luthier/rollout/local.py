@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,8 @@ from luthier.rollout.sequence import Sequence as Drawing
 from luthier.rollout.sequence import StopTexts
 from luthier.rollout.slots import Placement, Slots
 
-STOP_TOKENS = 8  # stop tokens of a sequence, rounded up to a multiple of this
+STOP_TOKENS = (8, 80)  # stop tokens of a sequence, filled up to one of these, or to a multiple of the last
+BUSY = "the engine is busy with other requests: take their completions first"
 
 
 class LocalEngine:
@@ -85,15 +86,17 @@ class LocalEngine:
 
         None stands for the most that keys, model and memory allow. Raises UserError where not even one sequence fits.
         """
-        size = self.limits.size(sequences, length)
         old = self._size
+        if old is not None and self.busy:
+            return old
+        size = self.limits.size(sequences, length, old)
         if old is not None:
-            if self.busy or (size.rows <= old.rows and size.length <= old.length):
+            if size.rows <= old.rows and size.length <= old.length:
                 return old
-            size = self.limits.size(max(size.rows, old.rows), max(size.length, old.length))
-            self._stored = None  # before the larger one is made
-        self._size = size
+            size = self.limits.size(max(size.rows, old.rows), max(size.length, old.length), old)
+        self._size = self._stored = None  # let go of, before the larger one is made
         self._stored = cache.make(self._model.cache_lines, size.rows, size.length, self.limits.dtype, self._mesh)
+        self._size = size
         ring = min(line.slots(size.length) for line in self._model.cache_lines.values())
         self._slots: Slots[Drawing] = Slots.empty(size.rows, size.length, ring)
         # Rows that are split over devices stay where they are: all are worked on together.
@@ -109,7 +112,7 @@ class LocalEngine:
         if self._size is None:
             self.reserve()
         for length in self._prompt_buckets:
-            for together in {1, self._together(length)}:
+            for together in buckets(self._together(length)):
                 self._prefill([], length, together)
         self._copy([(0, 0)])
         for rows in self._row_buckets:
@@ -128,7 +131,7 @@ class LocalEngine:
         for request in requests:
             self.check(request)
         if self.busy:
-            raise RuntimeError("the engine is busy with other requests: take their completions first")
+            raise RuntimeError(BUSY)
         longest = max((len(each.prompt) + each.sampling.max_new_tokens for each in requests), default=2)
         self.reserve(sum(request.samples for request in requests), min(longest, self.limits.length or longest))
         return self._generate(requests, on_piece)
@@ -144,15 +147,17 @@ class LocalEngine:
             size = self.reserve()
         if len(request.prompt) >= size.length:
             raise UserError(
-                f"the prompt has {len(request.prompt)} tokens, and the cache, which is in use, was made for "
-                f"{size.length}. Call reserve() before the first request."
+                f"the prompt has {len(request.prompt)} tokens, and the cache was made for {size.length}. Set "
+                "max_target_length to as many as are needed (and kv_cache_gib to the memory for them)."
             )
         number, sampling = next(self._numbers), request.sampling
-        # Reproducible where the request has a seed; else by the engine's seed and all that it was asked before.
-        seed = [self._seed, number] if sampling.seed is None else [sampling.seed]
+        # Reproducible where the request has a seed; else by the engine's seed and all that it was asked before. Each
+        # number takes two words, so that no two lists of them make the same sequence.
+        named = [0, self._seed, number] if sampling.seed is None else [1, sampling.seed]
+        words = [word for value in named for word in (value % 2**32, value >> 32)]
         prompt_T = np.asarray(request.prompt, np.int32)
         for sample in range(request.samples):
-            key_2 = np.random.SeedSequence([*seed, sample]).generate_state(2)
+            key_2 = np.random.SeedSequence([sample, *words]).generate_state(2)
             watch = StopTexts(self.tokenizer, sampling.stop) if sampling.stop else None
             limit = min(sampling.max_new_tokens, size.length - len(prompt_T))
             self._queue.append(Drawing(number, sample, prompt_T, sampling, limit, key_2, watch))
@@ -160,13 +165,7 @@ class LocalEngine:
 
     def cancel(self, number: int) -> None:
         """End a request; what there is of its completions comes out of the next ``step``."""
-        waiting = [drawing for drawing in self._queue if drawing.request == number]
-        self._queue = deque(drawing for drawing in self._queue if drawing.request != number)
-        self._cancelled += waiting
-        for row, drawing in self._slots if self._size else ():
-            if drawing.request == number:
-                self._slots.sequences[row] = None
-                self._cancelled.append(drawing)
+        self._cancelled += self._drop({number})
 
     @property
     def busy(self) -> bool:
@@ -190,7 +189,19 @@ class LocalEngine:
                 ended.append(drawing.completion())
         return [*pieces, *ended]
 
+    def _drop(self, numbers: Collection[int]) -> list[Drawing]:
+        """Take the sequences of these requests out of queue and rows, and return them."""
+        dropped = [drawing for drawing in self._queue if drawing.request in numbers]
+        self._queue = deque(drawing for drawing in self._queue if drawing.request not in numbers)
+        for row, drawing in self._slots if self._size else ():
+            if drawing.request in numbers:
+                self._slots.sequences[row] = None
+                dropped.append(drawing)
+        return dropped
+
     def _generate(self, requests: Sequence[Request], on_piece: Callable[[Piece], None] | None) -> Iterator[Completion]:
+        if self.busy:  # with what began after this was asked for
+            raise RuntimeError(BUSY)
         numbers = {self.submit(request): index for index, request in enumerate(requests)}
         try:
             while self.busy:
@@ -201,15 +212,21 @@ class LocalEngine:
                     elif on_piece is not None:
                         on_piece(event)
         finally:
-            for number in numbers:
-                self.cancel(number)
-            self._cancelled.clear()
+            self._drop(numbers.keys())
 
     def _admit(self) -> None:
         """Give free rows to what waits longest, and read the prompts into them."""
         free = len(self._slots.free)
         let_in = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
         let_in.sort(key=lambda drawing: drawing.sample > 0)  # first the prompts that samples copy from
+        try:
+            self._place(let_in)
+        except BaseException:
+            self._slots.held_R[:] = -1  # it is not known what was read
+            raise
+
+    def _place(self, let_in: list[Drawing]) -> None:
+        """Give sequences their rows, and read in waves: what copies from a row waits until that is read."""
         wave: list[tuple[Placement, Drawing]] = []
         for drawing in let_in:
             placement = self._slots.place(drawing, drawing.prompt_T[:-1])
@@ -229,7 +246,9 @@ class LocalEngine:
             length = self._prompt_bucket(left[0][1])
             together = self._together(length)
             alike = [item for item in left if self._prompt_bucket(item[1]) == length][:together]
-            self._prefill(alike, length, 1 if len(alike) == 1 else together)
+            if len(alike) == 2:  # one after the other is sooner done than padded to more
+                alike = alike[:1]
+            self._prefill(alike, length, bucket(buckets(together), len(alike)))
             done = {row for row, _, _ in alike}
             left = [item for item in left if item[0] not in done]
             left += [
@@ -314,7 +333,7 @@ class LocalEngine:
     def _rows(self, size: int, under_way: list[tuple[int, Drawing]]) -> programs.Rows:
         """Return the state of the first ``size`` rows as arrays."""
         stops = max((len(drawing.sampling.stop_token_ids) for _, drawing in under_way), default=0)
-        width = max(1, -(-stops // STOP_TOKENS)) * STOP_TOKENS
+        width = next((width for width in STOP_TOKENS if width >= stops), -(-stops // STOP_TOKENS[-1]) * STOP_TOKENS[-1])
         tokens_B, lengths_B, drawn_B, limits_B, top_k_B = (np.zeros(size, np.int32) for _ in range(5))
         temperature_B, top_p_B, min_p_B = np.ones((3, size), np.float32)
         live_B, key_B2 = np.zeros(size, bool), np.zeros((size, 2), np.uint32)

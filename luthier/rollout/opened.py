@@ -83,7 +83,8 @@ def end_tokens(opened: Opened) -> tuple[int, ...]:
     """Return the tokens that end an answer: those of the model's configurations and of its tokenizer."""
     named = [(opened.source.generation_config or {}).get("eos_token_id"), opened.source.config.get("eos_token_id")]
     listed = [ids if isinstance(ids, Sequence) else [ids] for ids in [*named, opened.tokenizer.eos_token_id]]
-    return tuple(sorted({token for ids in listed for token in ids if token is not None}))
+    size = opened.model.config.vocab_size
+    return tuple(sorted({token for ids in listed for token in ids if token is not None and 0 <= token < size}))
 
 
 def prompt_seeds(seed: int, count: int) -> list[int]:
@@ -95,12 +96,12 @@ def prompt_seeds(seed: int, count: int) -> list[int]:
 def sampling(keys: InferenceKeys, opened: Opened) -> Sampling:
     """Return how ``keys`` want tokens drawn, with the model's ``generation_config.json`` for what they leave open."""
     own = opened.source.generation_config or {}
-    own = {} if own.get("do_sample") is False else own
+    own = {"temperature": 0.0} if own.get("do_sample") is False else own
     usual = Sampling()
-    drawn = {
-        name: value if (value := getattr(keys, name)) is not None else own.get(name) or getattr(usual, name)
-        for name in ("temperature", "top_k", "top_p", "min_p")
-    }
+    drawn = {}
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        choices = (getattr(keys, name), own.get(name), getattr(usual, name))
+        drawn[name] = next(choice for choice in choices if choice is not None)
     ends = end_tokens(opened) if keys.stop_token_ids is None else tuple(keys.stop_token_ids)
     return replace(
         usual,

@@ -5,6 +5,7 @@ Left out on purpose: moving a cache that is too small. The engine makes a larger
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from luthier.memory import GIB
 from luthier.model import cache
 
 MOST_ROWS = {"cpu": 32, "gpu": 256, "tpu": 256}  # beyond these, tokens a second hardly grow
+ROWS_FIRST, LENGTH_FIRST = 8, 4096
 SHARE = {"cpu": 0.25, "gpu": 0.8, "tpu": 0.8}  # of free memory, for the cache
 
 
@@ -45,21 +47,34 @@ class Limits:
         """The most tokens of a sequence, None where neither the key nor the model says."""
         return self.keys.max_target_length or self.context_length
 
-    def size(self, sequences: int | None, length: int | None) -> Size:
+    def size(self, sequences: int | None, length: int | None, old: Size | None = None) -> Size:
         """Return the size for this many sequences of this length at a time; None: as many, as long as there can be.
 
-        Raises UserError where not even one such sequence fits the memory.
+        A length that neither caller nor key asks for gives way to memory: it is halved until ``ROWS_FIRST`` sequences
+        fit, or it is at ``LENGTH_FIRST``. ``old`` is the cache that this one takes the place of. Raises UserError where
+        not even one sequence fits.
         """
-        platform = self.mesh.devices.flat[0].platform
-        length = self._length(length)
-        most = self.keys.max_num_seqs or MOST_ROWS[platform]
-        wanted = min(most, sequences or most)
+        most = self.keys.max_num_seqs or MOST_ROWS[self._platform]
+        shards, tokens = mesh_lib.batch_shards(self.mesh), self._length(length)
+        wanted = -(-min(most, sequences or most) // shards) * shards
+        budget = self._budget(old)
+        if length is None and not self.keys.max_target_length:
+            while tokens > LENGTH_FIRST and self._fitting(tokens, budget, wanted) < min(wanted, ROWS_FIRST):
+                tokens = max(LENGTH_FIRST, tokens // 2)
+        rows = self._fitting(tokens, budget, wanted)
+        if rows < 1:
+            raise UserError(self._nothing_fits(tokens, budget))
+        return Size(rows, tokens)
+
+    @property
+    def _platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    def _fitting(self, length: int, budget: float, wanted: int) -> int:
+        """Return how many of the wanted sequences fit, a multiple of the devices that they are split over."""
         shards = mesh_lib.batch_shards(self.mesh)
-        wanted = -(-wanted // shards) * shards
-        fitting = int(self.budget(platform) // self._bytes(length)) // shards * shards
-        if fitting < 1:
-            raise UserError(self._nothing_fits(length, platform))
-        return Size(min(wanted, fitting), length)
+        each = wanted / shards if math.isinf(budget) else budget // self._bytes(length)
+        return min(wanted, int(each) * shards)
 
     def _length(self, wanted: int | None) -> int:
         """Return the tokens of a row: the key's, else as many as are wanted, else all that the model was made for."""
@@ -70,13 +85,13 @@ class Limits:
         # Rounded up, so that few different lengths are compiled for.
         return min(*(n for n in (self.context_length, wanted and -(-wanted // 128) * 128) if n), 1 << 30)
 
-    def budget(self, platform: str) -> float:
-        """Return the bytes for the cache on all devices that hold different rows of it."""
-        shards = mesh_lib.batch_shards(self.mesh)
+    def _budget(self, old: Size | None) -> float:
+        """Return the bytes for the cache on each device; infinite where the platform does not say what is free."""
         if self.keys.kv_cache_gib is not None:
-            return self.keys.kv_cache_gib * GIB * shards
+            return self.keys.kv_cache_gib * GIB
         free = memory.available(self.mesh)
-        return float("inf") if free is None else SHARE[platform] * free * shards
+        ours = self._bytes(old.length) * old.rows / mesh_lib.batch_shards(self.mesh) if old is not None else 0.0
+        return math.inf if free is None else SHARE[self._platform] * (free + ours)
 
     def _bytes(self, length: int) -> float:
         """Return the bytes of one row on a device that holds it, or its part of the heads."""
@@ -84,10 +99,9 @@ class Limits:
         split = tensor if all(line.heads % tensor == 0 for line in self.lines.values()) else 1
         return cache.row_bytes(self.lines, length, self.dtype) / split
 
-    def _nothing_fits(self, length: int, platform: str) -> str:
-        budget, row = self.budget(platform), self._bytes(length)
-        shards = mesh_lib.batch_shards(self.mesh)
-        fitting = int(budget / shards // (row / length))
+    def _nothing_fits(self, length: int, budget: float) -> str:
+        row = self._bytes(length)
+        fitting = int(budget // (row / length))
         name = "kv_cache_gib" if self.keys.kv_cache_gib is not None else "the cache's share of free memory"
         remedies = [
             f"max_target_length={fitting} fits" if fitting > 1 else "",
@@ -96,7 +110,7 @@ class Limits:
         if jnp.dtype(self.dtype).itemsize > 2:
             remedies.append("kv_cache_dtype=bfloat16 takes half")
         return (
-            f"keys and values of {length} tokens take {row / GIB:.2g} GiB, and {name} is {budget / shards / GIB:.2g} "
+            f"keys and values of {length} tokens take {row / GIB:.2g} GiB, and {name} is {budget / GIB:.2g} "
             f"GiB on each device: {'; '.join(filter(None, remedies))}."
         )
 

@@ -16,7 +16,10 @@ from luthier.rollout.engine import Alternatives, Completion, Finish, Piece, Samp
 
 @dataclass
 class Sequence:
-    """One sample of a request: its prompt, how it is drawn, the data of its random key, and the pieces so far."""
+    """One sample of a request: its prompt, how it is drawn, the data of its random key, and the pieces so far.
+
+    ``limit`` is how many tokens it may have, ``drawn`` how many it has.
+    """
 
     request: int
     sample: int
@@ -26,13 +29,9 @@ class Sequence:
     key_2: np.ndarray
     watch: StopTexts | None = None
     pieces: list[Piece] = field(default_factory=list)
+    drawn: int = 0
     finish: Finish | None = None
     stopped_by: int | str | None = None
-
-    @property
-    def drawn(self) -> int:
-        """Tokens of the completion so far."""
-        return sum(len(piece.tokens_T) for piece in self.pieces)
 
     @property
     def last_token(self) -> int:
@@ -52,6 +51,7 @@ class Sequence:
         alternatives = Alternatives(ids_TA[:, :wanted], logp_TA[:, :wanted]) if wanted else None
         piece = Piece(self.request, self.sample, tokens_T, logp_T, softmax_logp_T, alternatives)
         self.pieces.append(piece)
+        self.drawn += count
         if found is not None:
             self.finish, self.stopped_by = "stop", found[1]
         elif ended and piece.tokens_T[-1] in self.sampling.stop_token_ids:
@@ -112,5 +112,5 @@ class StopTexts:
         return max(len(text.encode()) for text in self.texts)
 
     def _in(self, ids: list[int]) -> str | None:
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=False)
+        decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return next((text for text in self.texts if text in decoded), None)

@@ -18,6 +18,7 @@ from luthier.errors import UserError
 from luthier.model import param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
+from luthier.rollout import programs
 from luthier.rollout.engine import Completion, Piece, Request, Sampling
 from luthier.rollout.local import LocalEngine
 from luthier.types import Batch
@@ -135,7 +136,7 @@ def test_a_stop_token_ends_a_completion_and_is_part_of_it() -> None:
     (free,) = engine.generate([request])
     stop = int(free.tokens_T[10])
     end = free.tokens_T.tolist().index(stop)
-    (stopped,) = engine.generate([Request([3, 4], 1, Sampling(seed=1, max_new_tokens=30, stop_token_ids=(stop, 999)))])
+    (stopped,) = engine.generate([Request([3, 4], 1, Sampling(seed=1, max_new_tokens=30, stop_token_ids=(stop, 255)))])
     assert stopped.tokens_T.tolist() == free.tokens_T[: end + 1].tolist()
     assert (stopped.finish, stopped.stopped_by) == ("stop", stop)
 
@@ -180,6 +181,27 @@ def test_new_weights_forget_what_was_read() -> None:
     engine.sync(changed)
     (done,) = engine.generate(request)
     np.testing.assert_allclose(done.softmax_logp_T, scored(changed, list(range(20)), done.tokens_T), atol=1e-4)
+
+
+def test_copying_a_row_does_not_gather_the_cache() -> None:
+    engine, _ = make(devices=8)
+    with mesh.use(engine._mesh):
+        engine.reserve()
+        rows = np.zeros(8, np.int32)
+        compiled = programs.copy.lower(engine._stored, rows, rows, 1).compile().as_text()
+    assert "all-gather" not in compiled
+
+
+@pytest.mark.usefixtures("one_device")
+def test_two_generators_do_not_mix() -> None:
+    engine, _ = make()
+    first, second = (engine.generate([Request([1], 1, Sampling(max_new_tokens=9))]) for _ in range(2))
+    next(first)
+    assert len(next(second).tokens_T) == 9
+    third, fourth = (engine.generate([Request([1], 9, Sampling(max_new_tokens=9))]) for _ in range(2))
+    next(third)
+    with pytest.raises(RuntimeError, match="busy with other requests"):
+        next(fourth)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -251,11 +273,11 @@ def test_200_mixed_requests_compile_nothing_and_leave_nothing() -> None:
 
 @pytest.mark.usefixtures("one_device")
 def test_the_cache_grows_while_idle_and_refuses_what_it_has_no_room_for() -> None:
-    engine, params = make(EngineKeys(max_num_seqs=2, decode_steps=3))
+    engine, _ = make(EngineKeys(max_num_seqs=2, decode_steps=3))
     list(engine.generate([Request([1, 2], 1, Sampling(max_new_tokens=3))]))
     short = engine.reserve(1, 1)
     engine.submit(Request([1, 2], 1, Sampling(max_new_tokens=9)))
-    with pytest.raises(UserError, match=rf"{short.length + 5} tokens, and the cache, which is in use"):
+    with pytest.raises(UserError, match=rf"{short.length + 5} tokens, and the cache was made for"):
         engine.submit(Request([3] * (short.length + 5), 1))
     while engine.busy:
         engine.step()
@@ -281,6 +303,7 @@ def test_the_cache_grows_while_idle_and_refuses_what_it_has_no_room_for() -> Non
         (Request([1], 1, Sampling(top_k=-1)), ["top_k=-1"]),
         (Request([1], 1, Sampling(min_p=2)), ["min_p=2"]),
         (Request([1], 1, Sampling(max_new_tokens=0)), ["max_new_tokens=0"]),
+        (Request([1], 1, Sampling(stop_token_ids=(256,))), ["stop_token_ids: 256"]),
         (Request([1], 1, Sampling(stop=("x",))), ["no tokenizer", "stop_token_ids"]),
         (Request([1], 1, Sampling(stop=("",))), ["empty text"]),
         (Request([1], 1, Sampling(logprobs=21)), ["logprobs=21", "0 to 20"]),

@@ -47,6 +47,26 @@ def test_rows_are_split_over_devices_and_heads_too() -> None:
     )
 
 
+def test_a_context_that_nobody_asked_for_gives_way_to_memory() -> None:
+    long = 131_072  # 1 GiB a row
+    assert limits(long, kv_cache_gib=1).size(None, None) == Size(8, 16_384)
+    assert limits(long, kv_cache_gib=1).size(1, None) == Size(1, 131_072)
+    assert limits(long, kv_cache_gib=1 / 8).size(None, None) == Size(4, 4096)
+    assert limits(long, kv_cache_gib=1, max_target_length=65_536).size(None, None) == Size(2, 65_536)
+
+
+def test_the_old_cache_makes_room_for_the_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda mesh: 100.0 * MIB)
+    assert limits().size(None, None) == Size(3, 1024)
+    assert limits().size(None, None, Size(15, 1024)) == Size(6, 1024)
+
+
+def test_a_platform_that_tells_nothing_gets_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda mesh: None)
+    assert limits().size(5, 100) == Size(5, 128)
+    assert limits(devices=8).size(5, 100) == Size(8, 128)
+
+
 def test_the_default_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda mesh: 160.0 * MIB)
     assert limits().size(None, None) == Size(5, 1024)
