@@ -6,6 +6,7 @@ Left out on purpose: how much a run needs (``train.memory``, ``rollout.plan``).
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 from jax.sharding import Mesh
 
 GIB = 2**30
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def available(mesh: Mesh) -> float | None:
@@ -25,16 +27,25 @@ def available(mesh: Mesh) -> float | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 
-def _container_limit() -> float:
+def _container_limit(groups: Path = _GROUPS) -> float:
     """Return the bytes left to this process's control group (version 2, then 1); infinity outside one."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for folder, limit, used, cached in (
+        (groups, "memory.max", "memory.current", "inactive_file"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        if Path(limit).is_file() and Path(used).is_file():
-            text = Path(limit).read_text().strip()
-            return math.inf if text == "max" else float(text) - float(Path(used).read_text())
+        if (folder / limit).is_file() and (folder / used).is_file():
+            text = (folder / limit).read_text().strip()
+            if text == "max":
+                return math.inf
+            # The kernel counts the files it has cached as used, and drops them before it refuses memory.
+            return float(text) - float((folder / used).read_text()) + _entry(folder / "memory.stat", cached)
     return math.inf
+
+
+def _entry(stat: Path, name: str) -> float:
+    """Return what the file ``stat`` says of ``name``, or 0 where it is not readable or says nothing."""
+    lines = stat.read_text().splitlines() if os.access(stat, os.R_OK) else []
+    return next((float(value) for key, value in map(str.split, lines) if key == name), 0.0)
 
 
 def peak_resident() -> float:

@@ -11,11 +11,19 @@ from decimal import Decimal
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)])[-\u2212])?[$€£]?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?P<fraction>\.\d+)?"
 )
-_WITH_UNIT = re.compile(rf"[\s*$=]*{_NUMBER.pattern}(?:\s+[^\W\d][\w\s/.]*|[\s*$%.€£]*)")
+_UNIT = r"[\s*$%.€£]*|[*$%€£]*\s+[^\W\d][\w\s/.]*"
+_REASON = r"[*$%€£]*,\s+(?:because|since|as|so|which|given|not)\b.*"
+_ALONE = re.compile(rf"[\s*$=]*{_NUMBER.pattern}(?:{_UNIT}|{_REASON})", re.IGNORECASE)
+"""A number with nothing but its currency, its unit or the reason for it."""
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_WORDS = re.compile(r"\banswer(?:\*\*)?(?:\s*:|\s+is\b:?)(?P<answer>.*)", re.IGNORECASE)
+_COLON = r"(?:\s+is)?\s*:[ \t*]*(?:\n[\s*]*(?:(?:\$\$|\\\[)\s*\n\s*)?(?!.*\banswer\b))?"
+"""After a colon the answer may stand below, unless that line marks one itself; an opening ``$$`` or ``\\[`` is none."""
+_WORDS = re.compile(rf"\banswer(?:\*\*)?(?:{_COLON}|\s+is\b)(?P<answer>.*)", re.IGNORECASE)
 _BOX = r"\boxed{"
 _HASHES = "####"
+_HASHED = re.compile(r"####[ \t]*(?P<line>(?![\s#])(?:(?!##).)+)")
+_TITLE = re.compile(r"[*_\s]*(?:\d+[.):]\s+)?[^\W\d_]")
+"""How the title of a Markdown heading begins: with a letter, after a number at most."""
 
 
 def tagged(text: str) -> str | None:
@@ -38,24 +46,33 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def stated(text: str) -> str | None:
-    """Return the answer that is marked as one: by tags, a box, ``####``, or ``answer:`` or ``answer is``."""
+def stated(text: str, *, reference: bool = False) -> str | None:
+    """Return the answer that is marked as one: by tags, a box, ``####``, or ``answer:`` or ``answer is``.
+
+    ``####`` before a title with text below it is a Markdown heading, which marks nothing. In a ``reference``, whose
+    author used it as a mark, the last one always is.
+    """
     marked = tagged(text) or boxed(text)
-    if marked is None and _HASHES in text:
+    if marked is None and reference and _HASHES in text:
         marked = _first_line(text.rpartition(_HASHES)[2])
+    elif marked is None:
+        marked = next((mark["line"].strip() for mark in _hashed(text) if not _is_heading(mark)), None)
     if marked is None and (found := list(_WORDS.finditer(text))):
         marked = found[-1]["answer"].strip(" \t*_.")
     return marked or None
 
 
-def final_number(text: str) -> str | None:
-    """Return the number that ``text`` ends with: the first after the last ``####``, else the last one of all.
+def final_number(text: str, *, reference: bool = False) -> str | None:
+    """Return the number that ``text`` ends with: the one that stands alone after a ``####``, else the last one of all.
 
+    In a ``reference`` it is the first after the last ``####``, alone or not, and None where none follows.
     Plain decimal digits, whatever commas, currency signs, units or zeros were around them: ``$1,050.0`` is ``1050``.
     """
-    if _HASHES in text:
-        found = _numbers(text.rpartition(_HASHES)[2])
-        return found[0] if found else None
+    if reference and _HASHES in text:
+        return next(iter(_numbers(text.rpartition(_HASHES)[2])), None)
+    for mark in _hashed(text):
+        if alone := _ALONE.fullmatch(_tidy(mark["line"])):
+            return _plain(alone)
     found = _numbers(text)
     return found[-1] if found else None
 
@@ -66,8 +83,17 @@ def final_answer(text: str) -> str | None:
     The marked answer, else the last number, else the last line; None where there is no text.
     """
     answer = stated(text) or final_number(text) or next(filter(None, reversed(text.split("\n"))), "")
-    alone = _WITH_UNIT.fullmatch(_tidy(answer))
+    alone = _ALONE.fullmatch(_tidy(answer))
     return _plain(alone) if alone else " ".join(answer.split()).casefold() or None
+
+
+def _hashed(text: str) -> list[re.Match[str]]:
+    """Return the ``####`` with something on their line, the last first."""
+    return list(_HASHED.finditer(text))[::-1]
+
+
+def _is_heading(mark: re.Match[str]) -> bool:
+    return bool(_TITLE.match(mark["line"]) and mark.string[mark.end() :].strip())
 
 
 def _numbers(text: str) -> list[str]:
@@ -81,7 +107,9 @@ def _tidy(text: str) -> str:
 
 def _plain(match: re.Match[str]) -> str:
     value = Decimal((match["whole"].replace(",", "") or "0") + (match["fraction"] or ""))
-    plain = f"{value.normalize():f}"
+    # Not by ``normalize``, which rounds to 28 digits.
+    plain = f"{value:f}"
+    plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
     return f"-{plain}" if match["sign"] and value else plain
 
 

@@ -3,8 +3,9 @@
 A reward function is one that TRL's trainers take: called with keyword arguments ``prompts``, ``completions``,
 ``completion_ids`` and the columns of the dataset, each a list with an entry for each completion, it returns a list of
 numbers, or of None where it has no opinion. A row of messages gives prompts and completions as lists of messages, a row
-of texts as texts. ``reference`` is added: the text of the answer that the row itself holds, or None. Functions without
-``**kwargs`` are given what they name; ``async def`` is fine.
+of texts as texts. ``reference`` is added: the text of the answer that the row itself holds, whatever a column of that
+name says; without such an answer it is that column, or None. Functions without ``**kwargs`` are given what they name;
+``async def`` is fine.
 
 Left out on purpose: weights, processes and limits of time, which training needs and adds.
 """
@@ -88,6 +89,8 @@ def _call(reward: Reward, group: Group) -> Any:
     count = len(group.completions)
     given = {name: value for name, value in group.row.items() if name not in _NOT_COLUMNS}
     given = {"reference": group.reference} | given
+    if group.reference is not None:
+        given["reference"] = group.reference
     arguments = {name: [value] * count for name, value in given.items()} | {
         "prompts": [group.prompt] * count,
         "completions": list(group.completions),

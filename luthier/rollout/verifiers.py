@@ -46,7 +46,7 @@ def exact_match(text: str, reference: str) -> float:
 @_each
 def final_number(text: str, reference: str) -> float | None:
     """1 where completion and reference end with the same number: after ``####``, as in GSM8K, else the last of all."""
-    known = answers.final_number(reference)
+    known = answers.final_number(reference, reference=True)
     return None if known is None else float(answers.final_number(text) == known)
 
 
@@ -59,7 +59,7 @@ def math(text: str, reference: str) -> float | None:
     limit = _SECONDS if threading.current_thread() is threading.main_thread() else None
     if limit is None:
         logging.getLogger("math_verify").setLevel(logging.ERROR)
-    known = answers.stated(reference) or reference.strip()
+    known = answers.stated(reference, reference=True) or reference.strip()
     gold = math_verify.parse(rf"\boxed{{{known}}}", parsing_timeout=limit)  # type: ignore[arg-type]
     if not gold:
         return None

@@ -27,12 +27,29 @@ from luthier.rollout import answers
         ("007", "7"),
         ("100", "100"),
         ("no number", None),
-        ("3 apples\n#### none", None),
+        ("#### Step 3: total\nThe total is 72.", "72"),
+        ("#### 2. Compute\nIt is 72.", "72"),
+        ("#### 72 clips\n#### Check 5\nwell", "72"),
+        ("#### **$72.00**\nas 3 > 2", "72"),
+        ("#### Step 3 ####\nThat is 72.", "72"),
+        ("3 apples\n#### none", "3"),
+        ("123456789012345678901234567891", "123456789012345678901234567891"),
+        ("0.1234567890123456789012345678910", "0.123456789012345678901234567891"),
+        ("0.00", "0"),
+        ("\u0663", "3"),
         ("", None),
     ],
 )
 def test_final_number(text, number):
     assert answers.final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("#### 72", "72"), ("#### total: 3\n4", "3"), ("3 apples\n#### none", None), ("1 or 2", "2")],
+)
+def test_final_number_of_a_reference(text, number):
+    assert answers.final_number(text, reference=True) == number
 
 
 @pytest.mark.parametrize(
@@ -59,10 +76,25 @@ def test_boxed(text, answer):
         ("Answer: 3\nFinal answer: 4", "4"),
         ("I have an answer in mind", None),
         ("nothing marked 5", None),
+        ("Answer:\n42", "42"),
+        ("**Answer:**\n\n42", "42"),
+        ("The answer is:\n\n$$\n42\n$$", "42"),
+        ("Answer:\n**Final answer: 4**", "4"),
+        ("Answer:\n", None),
+        ("#### Step 3: total\nThe total is 72.", None),
+        ("#### **3. Total**\n\nThe total is 72.", None),
+        ("#### 72\n#### Check\nfine", "72"),
+        ("#### Final answer: 72\nfine", "72"),
+        ("well\n#### Paris\n", "Paris"),
+        ("#### Sum ####\nThe answer is 72\n####", "72"),
     ],
 )
 def test_stated(text, answer):
     assert answers.stated(text) == answer
+
+
+def test_hashes_in_a_reference_are_always_a_mark():
+    assert answers.stated("#### Paris\nin France", reference=True) == "Paris"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +106,9 @@ def test_stated(text, answer):
             r"\boxed{1000}",
             "It is 1000 dollars",
             "Answer: 1000 dollars per month",
+            "The answer is 1000, because it is 10 * 100",
+            "The answer is $1000$ dollars.",
+            "**Answer:**\n\n**1000**",
         ),
         ("<answer>Paris</answer>", "answer: paris.", "Let me think.\n\nPARIS"),
         (r"\boxed{\sqrt{2}}", r"Answer: \sqrt{2}"),
@@ -84,7 +119,8 @@ def test_votes_for_the_same_answer_are_equal(texts):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("Answer: 2x", "Answer: 2"), (r"\boxed{\sqrt{2}}", r"\boxed{2}"), ("a", "b")]
+    ("one", "other"),
+    [("Answer: 2x", "Answer: 2"), ("Answer: 2, 3", "Answer: 2"), (r"\boxed{\sqrt{2}}", r"\boxed{2}"), ("a", "b")],
 )
 def test_votes_for_other_answers_are_not(one, other):
     assert answers.final_answer(one) != answers.final_answer(other)

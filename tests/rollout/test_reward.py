@@ -110,6 +110,12 @@ def test_functions_written_for_trl_run(own):
     assert given("own_rewards.py:numbers", *said) == [1.5, 1.0]
 
 
+def test_the_rows_own_answer_goes_before_a_column_named_reference():
+    own = [Group("How many?", ["72"], [[1]], {"reference": "a book"}, answer, "line 3") for answer in ("72", None)]
+    exact = reward.load(["exact_match"])
+    assert [reward.score(exact, each).item() for each in own] == [1, 0]
+
+
 def test_answers_of_gsm8k_are_read(data_folder):
     rows = [json.loads(line) for line in (data_folder / "gsm8k_test.jsonl").read_text().splitlines()]
     for row in rows:
