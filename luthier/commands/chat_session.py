@@ -176,10 +176,10 @@ class Session:
                 raise UserError(f"/settings {argument}: give key=value pairs, such as temperature=0.2.")
         chosen = keys.read(SampleKeys, arguments, {})
         self.config = self.config.model_copy(update={name: getattr(chosen, name) for name in chosen.model_fields_set})
-        shown = {voice.name: self._settings(voice) for voice in self.voices}
-        if len(set(shown.values())) == 1:
-            return next(iter(shown.values()))
-        return "\n".join(f"{name}: {settings}" for name, settings in shown.items())
+        shown = [self._settings(voice) for voice in self.voices]
+        if len(set(shown)) == 1:
+            return shown[0]
+        return "\n".join(f"{voice.name}: {settings}" for voice, settings in zip(self.voices, shown, strict=True))
 
     def _settings(self, voice: Voice) -> str:
         chosen = sampling(self.config, voice.opened)

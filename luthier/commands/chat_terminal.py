@@ -21,6 +21,7 @@ from rich.text import Text
 
 from luthier.commands import terminal
 from luthier.commands.chat_session import Said
+from luthier.errors import UserError
 
 PROMPT = "> "
 _PASTE = 0.03  # seconds: what is there so soon after a line was pasted with it
@@ -48,10 +49,20 @@ class Pipe:
     The answers of several models come one after another, each under its model's name.
     """
 
+    def __init__(self) -> None:
+        self._lines = 0
+
     def read(self) -> str | None:
-        """Return the next line, None at the end."""
-        line = sys.stdin.readline()
-        return line.rstrip("\r\n") if line else None
+        """Return the next line, None at the end. Raises UserError for one that is not UTF-8."""
+        line = sys.stdin.buffer.readline()  # as bytes: text is decoded many lines at a time, and would not tell which
+        self._lines += 1
+        try:
+            return line.decode().rstrip("\r\n") if line else None
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"standard input, line {self._lines}: byte {line[error.start]:#04x} at place {error.start + 1} is not "
+                "UTF-8. Convert the text to UTF-8, for example with iconv."
+            ) from None
 
     def tell(self, message: str) -> None:
         """Print to standard error."""

@@ -93,6 +93,12 @@ def _load_and_serve(config: ServeConfig, listener: socket.socket) -> None:
     from luthier.rollout import opened as opening
 
     opened = opening.open_model(config)
+    with mesh_lib.use(opened.mesh):
+        engine = opening.open_engine(config, opened)
+        size = engine.reserve()
+        print("Compiling; sooner done the next time.", flush=True)
+        engine.warm_up()
+    print(f"Up to {size.rows} completions at a time, each of up to {size.length} tokens with its prompt.")
     served = Served(
         name=config.served_model_name or opened.source.hub_id or Path(opened.source.name).resolve().name,
         created=int(time.time()),
@@ -100,13 +106,9 @@ def _load_and_serve(config: ServeConfig, listener: socket.socket) -> None:
         rendering=chat.prompt_rendering(config, opened.tokenizer),
         sampling=opening.sampling(config, opened),
         vocab_size=opened.model.config.vocab_size,
+        # As OpenAI has it, a reply without a bound goes on as long as there is room, to which the engine cuts this.
+        reply_tokens=None if "max_new_tokens" in config.model_fields_set else size.length,
     )
-    with mesh_lib.use(opened.mesh):
-        engine = opening.open_engine(config, opened)
-        size = engine.reserve()
-        print("Compiling; sooner done the next time.", flush=True)
-        engine.warm_up()
-    print(f"Up to {size.rows} completions at a time, each of up to {size.length} tokens with its prompt.")
     _listen(config, listener)
     code = asyncio.run(_serve(config, listener, served, engine, opened.mesh))
     if code:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import select
@@ -72,7 +73,8 @@ class Scripted:
 
 def voice(engine, name: str = "tiny", **generation) -> Voice:
     source = SimpleNamespace(name=name, config={"eos_token_id": 2}, generation_config=generation)
-    return Voice(SimpleNamespace(source=source, tokenizer=WORDS), engine, Rendering())
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=len(WORDS)))
+    return Voice(SimpleNamespace(source=source, model=model, tokenizer=WORDS), engine, Rendering())
 
 
 def session(*voices: Voice, **keys: object) -> Session:
@@ -212,6 +214,12 @@ def test_several_models_keep_histories_of_their_own():
     assert lines[1].startswith("after: temperature=0.5 ")
 
 
+def test_settings_of_models_of_one_name_are_all_shown():
+    here = session(voice(Scripted(), temperature=0.25), voice(Scripted(), temperature=0.5))
+    lines = here.command("/settings").splitlines()
+    assert [line.split()[:2] for line in lines] == [["tiny:", "temperature=0.25"], ["tiny:", "temperature=0.5"]]
+
+
 def test_where_one_of_several_cannot_be_asked_none_is():
     engines = Scripted("One."), Scripted("Eins.", limit=10)
     here = session(voice(engines[0], "before"), voice(engines[1], "after"))
@@ -247,6 +255,16 @@ def test_a_conversation_survives_wrong_lines_and_ends_where_it_is_told_to():
     assert len(screen.told) == 4, screen.told
     assert prompts(engine)[0] == asked("user", "/a"), "two slashes write one"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_line_from_a_pipe_that_is_not_utf_8_is_named(monkeypatch):
+    lines = io.BytesIO("é\r\n\nab\xff\n".encode("latin-1").replace(b"\xe9", "é".encode()))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+    engine, screen = Scripted("One."), chat_terminal.Pipe()
+    monkeypatch.setattr(screen, "tell", lambda message: None)
+    with pytest.raises(UserError, match="line 3: byte 0xff at place 3 is not UTF-8"):
+        chat.converse(session(voice(engine)), screen)
+    assert prompts(engine) == [asked("user", "é")], "what came before it is answered"
 
 
 def test_the_first_interrupt_stops_the_answer_and_the_second_the_program():

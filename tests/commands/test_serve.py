@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from serving import Serving, serving, until
 
 import tiny
 from luthier import mesh
-from luthier.commands.server.job import Served
+from luthier.commands.server.job import Served, read_chat, read_completion
 from luthier.config import EngineKeys, ModelKeys
 from luthier.data.chat import Rendering
 from luthier.model import param
@@ -111,7 +112,9 @@ def test_messages_in_parts_and_answers_sent_back_are_read(here: Here) -> None:
     whole = [{"role": "system", "content": "ab"}, *HI, {"role": "assistant", "content": "yo"}, *HI]
     back = openai.types.chat.ChatCompletionMessage(role="assistant", content="yo").model_dump()
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert ask(whole) == ask([{"role": "system", "content": parts}, *HI, back, *HI])
+    back |= {"annotations": [], "refusal": "", "reasoning_content": "hm", "audio": None}
+    for role in ("system", "developer"):
+        assert ask(whole) == ask([{"role": role, "content": parts}, *HI, back, *HI])
 
 
 @pytest.mark.parametrize("prompt", [["ab", "hello"], "tokens"])
@@ -177,6 +180,20 @@ def test_numbers_at_the_edge_of_what_is_taken(here: Here, fields: dict[str, Any]
 def test_max_completion_tokens_bounds_a_chat(here: Here) -> None:
     answer = here.client.chat.completions.create(model="tiny/model", messages=HI, seed=5, max_completion_tokens=3)
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (3, "length")
+
+
+@pytest.mark.parametrize(("bound", "tokens"), [(None, 12), (10**4, "rest"), (10**4, 9)])
+def test_a_chat_without_a_bound_goes_on_to_the_served_one(here: Here, bound: int | None, tokens: int | str) -> None:
+    served = replace(SERVED, reply_tokens=bound)
+    fields = {"max_tokens": tokens} if isinstance(tokens, int) and bound else {}
+    fields |= {"model": "tiny/model", "messages": HI, "seed": 5, "ignore_eos": True}
+    job = read_chat(json.dumps(fields).encode(), served)
+    engine = LocalEngine(MODEL, here.params, Compute(), here.mesh, KEYS, tokenizer=SERVED.tokenizer)
+    with mesh.use(here.mesh):
+        (done,) = engine.generate(job.requests)
+    assert len(done.tokens_T) == (128 - len(job.requests[0].prompt) if tokens == "rest" else tokens)
+    body = {"model": "tiny/model", "prompt": "hi"}
+    assert read_completion(json.dumps(body).encode(), served).sampling.max_new_tokens == 12, "of chats alone"
 
 
 def test_a_completion_ends_with_the_context(here: Here) -> None:

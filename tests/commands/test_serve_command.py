@@ -66,6 +66,10 @@ def test_sigterm_lets_a_stream_finish_and_exits_143(tiny_model: Path) -> None:
 def test_ctrl_c_ends_an_idle_server_well(tiny_model: Path) -> None:
     with process(tiny_model, "served_model_name=mine", "host=localhost") as (running, client):
         assert [model.id for model in client.models.list().data] == ["mine"]
+        asked = {"model": "mine", "extra_body": {"ignore_eos": True}}
+        reply = client.chat.completions.create(messages=[{"role": "user", "content": "a"}], **asked)
+        assert reply.usage.total_tokens == 300, "the rest of the context"
+        assert client.completions.create(prompt="a", **asked).usage.completion_tokens == 256, "max_new_tokens"
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=30)
         assert (running.returncode, errors) == (0, "")

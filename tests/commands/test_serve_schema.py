@@ -91,6 +91,7 @@ def test_a_field_that_does_not_fit_is_named(field: str, value: Any, words: str) 
             "messages[0].content[0].type",
             "'text'",
         ),
+        ({"messages": [{"role": "assistant", "content": "a", "audio": {"id": "b"}}]}, "messages[0].audio", "unknown"),
         ({"top_logprobs": 2}, "top_logprobs", "needs `logprobs`"),
         ({"logprobs": 2}, "logprobs", "boolean"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "contradicts `max_tokens`=3"),

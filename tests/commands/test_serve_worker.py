@@ -278,10 +278,23 @@ def test_a_fault_of_our_own_is_status_500_and_logged(
 
 @pytest.mark.parametrize(
     ("host", "status"),
-    [("127.0.0.1:80", 200), ("localhost", 200), ("[::1]:8000", 200), ("evil.example", 400), ("127.0.0.1.evil", 400)],
+    [
+        ("127.0.0.1:80", 200),
+        ("localhost", 200),
+        ("[::1]:8000", 200),
+        ("LocalHost:1", 200),
+        ("evil.example", 400),
+        ("", 400),
+        ("evil.example:localhost", 400),
+        ("127.0.0.1.evil", 400),
+    ],
 )
 def test_without_a_key_only_this_machine_s_names_are_answered(bare: Serving, host: str, status: int) -> None:
-    assert request(bare, "GET", "/v1/models", Host=host)[0] == status
+    answered, _, content = request(bare, "GET", "/v1/models", Host=host)
+    assert answered == status
+    if status == 400:
+        assert content["error"].keys() == {"message", "type", "param", "code"}
+        assert all(each in content["error"]["message"] for each in (f"`{host}`", "localhost", "api_key=", "host="))
 
 
 def test_a_key_is_asked_for() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hmac
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from time import time
 from typing import Any
@@ -16,13 +17,12 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from luthier.commands.server import answer, words
+from luthier.commands.server import answer, schema, words
 from luthier.commands.server.answer import Answer, Kind
 from luthier.commands.server.job import Job, Served, read_chat, read_completion
 from luthier.commands.server.refusal import Refusal
@@ -67,7 +67,7 @@ def make(served: Served, worker: Worker, api_key: str | None, hosts: Sequence[st
         Route("/v1/completions", functools.partial(complete, answer.TEXT, read_completion), methods=["POST"]),
         Route("/v1/chat/completions", functools.partial(complete, answer.CHAT, read_chat), methods=["POST"]),
     ]
-    guard = Middleware(_Keyed, api_key) if api_key else Middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    guard = Middleware(_Keyed, api_key) if api_key else Middleware(_Named, hosts)
     handlers = {Refusal: _refused, HTTPException: _not_found, Exception: _failed}
     return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
 
@@ -87,6 +87,25 @@ class _Keyed:
                 refusal = Refusal(problem, status=401, code="invalid_api_key")
                 await refusal.response()(scope, receive, send)
                 return
+        await self.app(scope, receive, send)
+
+
+class _Named:
+    """Lets requests through that name this machine, at whatever port, as the host they ask."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]):
+        self.app = app
+        self.hosts = dict.fromkeys(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+        if re.sub(r":[0-9]*$", "", given) not in self.hosts:
+            problem = (
+                f"host `{schema.short(given)}`: without a key, this server answers as {', '.join(self.hosts)} alone. "
+                "Ask it under one of these, or start it with api_key=KEY (and host=0.0.0.0 for other machines)."
+            )
+            await Refusal(problem, code="unknown_host").response()(scope, receive, send)
+            return
         await self.app(scope, receive, send)
 
 

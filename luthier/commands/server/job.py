@@ -19,7 +19,10 @@ from luthier.rollout.engine import Request, Sampling
 
 @dataclass(frozen=True)
 class Served:
-    """The model as requests meet it: its name, how text becomes tokens, and what holds where a request says nothing."""
+    """The model as requests meet it: its name, how text becomes tokens, and what holds where a request says nothing.
+
+    ``reply_tokens`` is then the length of a chat's reply at most; None stands for that of ``sampling``.
+    """
 
     name: str
     created: int
@@ -27,6 +30,7 @@ class Served:
     rendering: Rendering
     sampling: Sampling
     vocab_size: int
+    reply_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def read_chat(data: bytes, served: Served) -> Job:
     """Return what a body of `/v1/chat/completions` asks for. Raises Refusal."""
     body = schema.read(ChatBody, data)
     _check_name(body, served)
-    sampling = _sampling(body, body.max_completion_tokens or body.max_tokens, body.top_logprobs or 0, served)
+    max_tokens = body.max_completion_tokens or body.max_tokens or served.reply_tokens
+    sampling = _sampling(body, max_tokens, body.top_logprobs or 0, served)
     try:
         conversation = schemas.read_messages({"messages": [message.turn() for message in body.messages]})
         prompt = text.encode(served.tokenizer, served.rendering, conversation.messages)

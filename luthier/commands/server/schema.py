@@ -18,6 +18,9 @@ from luthier.errors import did_you_mean
 LABELS = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
 """Fields that say who asks and change no answer: they are read over."""
 
+REPORTS = frozenset({"annotations", "reasoning_content", "refusal"})
+"""Fields of answers that come back within a conversation and that no prompt is made from: they are read over."""
+
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "audio": [],
     "bad_words": [[]],
@@ -109,7 +112,9 @@ class Part(Fields):
 
 
 class Message(Fields):
-    """A turn of a conversation; nulls, which answers that are sent back have many of, are fields left out."""
+    """A turn of a conversation. Nulls, of which answers that are sent back have many, are fields left out, as are
+    ``REPORTS``.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[Part], BeforeValidator(_as_parts)] | None = None
@@ -119,8 +124,10 @@ class Message(Fields):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+    def _without_what_is_read_over(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if item is not None and name not in REPORTS}
 
     @model_validator(mode="after")
     def _check_content(self) -> Message:
@@ -131,7 +138,9 @@ class Message(Fields):
     def turn(self) -> dict[str, Any]:
         """Return the message as the data schemas read it."""
         words = {"content": "".join(part.text for part in self.content)} if self.content is not None else {}
-        return self.model_dump(exclude_none=True) | words
+        # "developer" is OpenAI's later name for the role that templates know as "system".
+        role = "system" if self.role == "developer" else self.role
+        return self.model_dump(exclude_none=True) | words | {"role": role}
 
 
 class Body(Fields):
