@@ -140,21 +140,28 @@ def _field(model: type[Keys], name: str, place: str) -> str:
 
 
 def _parse(annotation: Any, value: Any) -> Any:
-    """Read text as JSON or YAML where the key takes a list or a mapping; pydantic reads text, numbers and switches."""
+    """Read text as JSON or YAML where the key takes a list or a mapping; pydantic reads text, numbers and switches.
+
+    Text that is neither is a list of one, so that one item needs no brackets.
+    """
     if not isinstance(value, str):
         return value
     choices = get_args(annotation) if _is_union(annotation) else (annotation,)
     if type(None) in choices and value.strip().lower() in ("", "none", "null", "~"):
         return None
-    if not any(get_origin(choice) in (list, dict) for choice in choices):
+    wanted = tuple(kind for kind in (list, dict) if kind in map(get_origin, choices))
+    if not wanted:
         return value
     # YAML reads nearly all JSON, but 1e-5 as text.
     for read, failure in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):
         try:
-            return read(value)
+            parsed = read(value)
         except failure:
             continue
-    return value
+        if isinstance(parsed, wanted):
+            return parsed
+    one_item = list in wanted and value.strip() and value.strip()[0] not in "[{"
+    return [value] if one_item else value
 
 
 def _explain(model: type[Keys], error: ValidationError, places: Mapping[str, str]) -> str:

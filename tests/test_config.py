@@ -126,7 +126,7 @@ def test_variables_of_others_are_not_read():
         (["learning_rate=-1"], ["learning_rate=-1", "greater than 0"]),
         (["packing=maybe"], ["packing=maybe", "true or false"]),
         (["dtype=fp16"], ["dtype=fp16", "bfloat16", "float32"]),
-        (["train_data_columns=messages"], ["train_data_columns=messages", "list", "['messages']"]),
+        (["train_data_columns=[messages"], ["train_data_columns=[messages", "list", "['messages']"]),
         (["formatting_func_kwargs={a:["], ["formatting_func_kwargs={a:[", "mapping"]),
         (["run_name="], ["run_name=", "at least 1 character"]),
         (["eval_fraction=1"], ["eval_fraction=1", "less than 1"]),
@@ -239,3 +239,25 @@ def test_described_defaults_are_the_defaults():
             assert resolve(f"{row.name}={row.default}" if row.name not in ("model_name", "hf_path") else "seed=0")
             default = config.SftConfig.model_fields[row.name].default
             assert row.default == default or yaml.safe_load(row.default) == default
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("other/path", ["other/path"]),
+        ("Q:", ["Q:"]),
+        ("12", ["12"]),
+        ("\n\n##", ["\n\n##"]),
+        ('["a", "b: c"]', ["a", "b: c"]),
+        ("[a, b]", ["a", "b"]),
+    ],
+)
+def test_one_item_of_a_list_needs_no_brackets(text, expected):
+    arguments = ["load_parameters_path=x", f"compare={text}"]
+    assert config.resolve("chat", arguments, {}).compare == expected
+
+
+@pytest.mark.parametrize("text", ["", "[a", "{a: b}"])
+def test_what_is_no_list_is_refused(text):
+    with pytest.raises(UserError, match=r"^compare=.*\(command line\).*It takes list"):
+        config.resolve("chat", ["load_parameters_path=x", f"compare={text}"], {})
