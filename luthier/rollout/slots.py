@@ -1,7 +1,8 @@
 """The host's record of the cache: which sequence has which row, and which tokens each row holds.
 
 A row keeps what was read into it after its sequence has ended. A prompt that begins with those tokens starts from a
-copy: so the samples of a prompt share its reading, and the next turn of a conversation goes on where the last ended.
+copy: so the samples of a prompt share its reading, and the next turn of a conversation goes on where the last ended,
+unless another sequence took the row in between: the first free row is taken, since low rows make small programs.
 
 Left out on purpose: the cache itself, which the programs hold.
 """
