@@ -426,6 +426,7 @@ class Person:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_terminal_streams_stops_and_is_left(tmp_path):
     tiny.write_model(tmp_path / "model", max_position_embeddings=20_000)
     keys = ("max_new_tokens=19000", "ignore_eos=true", "temperature=0")

@@ -18,7 +18,7 @@ from luthier.data import chat
 from luthier.data.schemas import recognise
 from luthier.rollout.opened import open_model
 from luthier.types import Batch
-from tiny import ROOT
+from tiny import ROOT, needs_reasoning_gym
 
 PROMPTS, SAMPLES = 5, 4
 OWN = """
@@ -156,8 +156,8 @@ def test_messages_are_seen_as_messages(tiny_model, rows, tmp_path, capsys):
     assert "seen pass@2" in capsys.readouterr().out
 
 
+@needs_reasoning_gym
 def test_reasoning_gym_scores_by_its_verifier(tiny_model, rows, tmp_path):
-    pytest.importorskip("reasoning_gym")
     asked = keys(
         tiny_model, rows, tmp_path, hf_path="reasoning_gym:chain_sum,max_terms=2", hf_eval_split="test[:2]",
         num_generations=1, use_chat_template="false",

@@ -287,6 +287,7 @@ def test_what_a_model_writes_cannot_command_a_terminal():
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_reader_that_has_had_enough_is_no_failure(tiny_model, three):
     command = [sys.executable, "-m", "luthier", "generate", *arguments(tiny_model, prompts_path=three, n=20)]
     with subprocess.Popen(

@@ -21,6 +21,8 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from luthier.commands import lm_eval_adapter  # noqa: E402
 from luthier.commands.scoring import widths  # noqa: E402
 
+pytestmark = pytest.mark.slow  # the harness alone takes half a minute to import and to begin
+
 MAX_LENGTH = 96
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "it", "sleeps", "under"]
 

@@ -42,6 +42,7 @@ def process(model: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], op
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_sigterm_lets_a_stream_finish_and_exits_143(tiny_model: Path) -> None:
     with process(tiny_model, "api_key=sesame") as (running, client):
         assert [model.id for model in client.models.list().data] == ["tiny-llama"]
@@ -63,6 +64,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_143(tiny_model: Path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_ctrl_c_ends_an_idle_server_well(tiny_model: Path) -> None:
     with process(tiny_model, "served_model_name=mine", "host=localhost") as (running, client):
         assert [model.id for model in client.models.list().data] == ["mine"]

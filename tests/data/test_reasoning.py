@@ -8,8 +8,9 @@ import pytest
 
 from luthier.data import files, reasoning, source
 from luthier.errors import UserError
+from tiny import needs_reasoning_gym
 
-pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: make test")
+pytestmark = needs_reasoning_gym
 
 TASK = "reasoning_gym:chain_sum,min_terms=3,max_terms=4,max_digits=1"
 

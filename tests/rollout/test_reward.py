@@ -12,6 +12,7 @@ from luthier.data import files
 from luthier.errors import UserError
 from luthier.rollout import reward
 from luthier.rollout.reward import Group
+from tiny import needs_reasoning_gym
 
 OWN = """
 import asyncio
@@ -82,8 +83,8 @@ def test_rows_without_a_reference_are_not_scored(name, reference):
     assert np.isnan(given(name, "72", reference=reference)).all()
 
 
+@needs_reasoning_gym
 def test_verifiers_of_reasoning_gym():
-    pytest.importorskip("reasoning_gym")
     row = files.open_splits("reasoning_gym:chain_sum,max_terms=3")["test"]()[0]
     right = row["answer"]
     assert given("reasoning_gym", right, f"So <answer>{right}</answer>", f"Answer: {right}", "x", **row) == [1, 1, 1, 0]

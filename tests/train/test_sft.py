@@ -178,6 +178,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_trace_is_written(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
     done = run(tmp_path, tiny_model, tiny_rows, "steps=4", "profiler=xplane", "skip_first_n_steps_for_profiler=1")
     assert done.returncode == 0, done.stderr
@@ -203,6 +204,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path: Path, tiny_model: P
     assert "run_name" in changed.stderr
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_from_a_finished_run(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
     keys = (tiny_model, tiny_rows, "lr_schedule_type=constant", "warmup_steps_fraction=0")
     assert run(tmp_path, *keys, "steps=3").returncode == 0
