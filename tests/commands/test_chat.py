@@ -345,7 +345,7 @@ def test_the_real_engine_fills_the_context(real):
     ("keys", "words"),
     [
         ({"compare": "[./nowhere]"}, ["load_parameters_path=./nowhere", "no such file"]),
-        ({"compare": "nowhere"}, ["compare=nowhere", "list"]),
+        ({"compare": "nowhere"}, ["load_parameters_path=nowhere", "no such folder"]),
         ({"chat_template": "{{ raise_exception('No!') }}"}, ["No!", "chat_template_path"]),
         ({"top_p": 2}, ["top_p=2", "less than or equal to 1"]),
         ({"load_parameters_path": ""}, ["no model"]),

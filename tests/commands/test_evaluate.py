@@ -220,7 +220,7 @@ def test_replies_of_conversations_are_scored_where_no_function_is_named(tiny_mod
         ({"hf_path": "nowhere.jsonl"}, ["hf_path=nowhere.jsonl", "no such file"]),
         ({"hf_eval_split": "tset"}, ["hf_eval_split=tset", "which has train"]),
         ({"reward_functions": "['final_numbr']"}, ["final_numbr", "Did you mean `final_number`?"]),
-        ({"reward_functions": "own.py:nothing"}, ["reward_functions=own.py:nothing", "list"]),
+        ({"reward_functions": "own.py:nothing"}, ["reward_functions=own.py:nothing", "no file own.py"]),
         ({"temperature": 0}, ["num_generations=4 at temperature=0"]),
         ({"temperature": -1}, ["temperature=-1", "greater than or equal to 0"]),
         ({"pass_at_k": "[8]"}, ["pass_at_k=8", "num_generations=4"]),
