@@ -149,7 +149,8 @@ def _parse(annotation: Any, value: Any) -> Any:
     choices = get_args(annotation) if _is_union(annotation) else (annotation,)
     if type(None) in choices and value.strip().lower() in ("", "none", "null", "~"):
         return None
-    wanted = tuple(kind for kind in (list, dict) if kind in map(get_origin, choices))
+    kinds = [get_origin(choice) for choice in choices]
+    wanted = tuple(kind for kind in (list, dict) if kind in kinds)
     if not wanted:
         return value
     # YAML reads nearly all JSON, but 1e-5 as text.
