@@ -2,7 +2,7 @@
 
 Everything is parsed and checked before a command's own module is imported, so that help and a typo take no time.
 
-Left out on purpose: option parsing. A command has keys, and `config.py` holds them.
+Left out on purpose: option parsing. A command has keys, and `config` holds them.
 """
 
 from __future__ import annotations
@@ -40,6 +40,16 @@ COMMANDS = {
             *("model_name", "load_parameters_path", "hf_path", "train_split", "hf_eval_split", "train_data_columns"),
             *("run_name", "base_output_directory", "steps", "num_epoch", "per_device_batch_size"),
             *("gradient_accumulation_steps", "max_target_length", "learning_rate"),
+        ),
+    ),
+    "rl": Command(
+        "[recipe.yml] key=value ...",
+        "Improve a model by reinforcement learning: GRPO, GSPO and their kin.",
+        "luthier.train.rl",
+        (
+            *("model_name", "load_parameters_path", "hf_path", "train_split", "hf_eval_split", "reward_functions"),
+            *("run_name", "base_output_directory", "loss_algo", "steps", "prompts_per_step", "num_generations"),
+            *("max_new_tokens", "learning_rate", "environment", "chips_per_vm"),
         ),
     ),
     "generate": Command(
@@ -82,7 +92,7 @@ COMMANDS = {
     "keys": Command("[command]", "List every key of a command: type, default, meaning.", "luthier.commands.keys"),
 }
 
-TRAINING = {"sft"}
+TRAINING = {"sft", "rl"}
 """Commands whose process is set up for heavy work first."""
 
 USAGE = """\

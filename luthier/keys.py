@@ -1,7 +1,7 @@
 """What a key is, and how a configuration is read from recipe, environment and command line.
 
 A configuration is resolved once, from defaults, then the recipe, then ``LUTHIER_KEY`` environment variables, then the
-command line, and is frozen. The keys themselves stand in ``config.py``.
+command line, and is frozen. The keys themselves stand in ``config``.
 
 Left out on purpose: anything that needs jax, a model or the network to check. This module must import in well under a
 second, so that a typo is refused at once.
@@ -73,10 +73,16 @@ def save(config: Keys, path: Path) -> None:
 
 
 def table(model: type[Keys]) -> dict[str, list[Row]]:
-    """Return the keys of ``model`` by group, each group named by what it is about."""
-    groups = {}
+    """Return the keys of ``model`` by group, each group named by what it is about.
+
+    A key that a command declares anew, with another default, stays in the group that declared it first.
+    """
+    groups: dict[str, list[Row]] = {}
+    listed: set[str] = set()
     for group in reversed(model.__mro__):
-        names = [name for name in inspect.get_annotations(group) if name in model.model_fields]
+        declared = inspect.get_annotations(group)
+        names = [name for name in declared if name in model.model_fields and name not in listed]
+        listed |= set(names)
         if names:
             title = (group.__doc__ or group.__name__).splitlines()[0]
             groups[title] = [_row(name, model.model_fields[name]) for name in names]

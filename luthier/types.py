@@ -60,9 +60,67 @@ class Batch:
 class Loss:
     """A loss as a sum and its weight, so that micro-batches, devices and hosts add up before the one division.
 
-    ``metrics`` maps a name to such a (sum, weight) pair.
+    ``metrics`` maps a name to such a (sum, weight) pair, ``maxima`` a name to a value of which the greatest counts.
     """
 
     sum: Array
     weight: Array
     metrics: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    maxima: dict[str, Array] = field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rollouts:
+    """What a policy loss sees of B completions of up to T tokens; log-probs are at the sampling temperature, fp32.
+
+    ``mask_BT`` is true on the model's own tokens that are trained. ``sampler_logp_BT`` is what the sampler said when it
+    drew them. ``old_logp_BT`` is what the policy says whose ratio to the current one is clipped: the sampler itself, or
+    the trainer before the first update on these completions. ``reference_logp_BT`` is what the reference policy says,
+    None without one. Outside the mask all of them mean nothing.
+    """
+
+    mask_BT: Array
+    sampler_logp_BT: Array
+    old_logp_BT: Array
+    reference_logp_BT: Array | None
+    advantages_B: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PolicyBatch:
+    """Completions packed into B rows of T tokens, in which each prompt stands once before its completions.
+
+    ``segments_BT`` is 0 on padding and 1, 2, ... for prompts and completions; ``prefixes_BT`` is the segment that a
+    token's own segment goes on from: its prompt's for a completion, its own for a prompt. ``positions_BT`` of a
+    completion go on from its prompt's.
+
+    M tokens of a row are scored: ``targets_BM``, each predicted from the state at ``sources_BM``. ``places_BSC`` finds
+    token c of the row's sequence s among them. ``rollouts`` holds those B * S sequences, of C tokens.
+    """
+
+    tokens_BT: Array
+    positions_BT: Array
+    segments_BT: Array
+    prefixes_BT: Array
+    sources_BM: Array
+    targets_BM: Array
+    places_BSC: Array
+    rollouts: Rollouts
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One completion on the host: ``prompt_T``, then ``tokens_T`` int32 of which the model itself drew ``mask_T``.
+
+    ``sampler_logp_T``, ``old_logp_T`` and ``reference_logp_T`` as in ``Rollouts``.
+    """
+
+    prompt_T: np.ndarray
+    tokens_T: np.ndarray
+    mask_T: np.ndarray
+    sampler_logp_T: np.ndarray
+    old_logp_T: np.ndarray
+    reference_logp_T: np.ndarray | None
+    advantage: float

@@ -56,9 +56,9 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["no command", "sft, generate, chat"]),
+        ([], ["no command", "sft, rl, generate, chat"]),
         (["stf"], ["unknown command `stf`", "Did you mean `sft`?"]),
-        (["qqqq"], ["unknown command `qqqq`", "sft, generate, chat"]),
+        (["qqqq"], ["unknown command `qqqq`", "sft, rl, generate, chat"]),
         (["sft", "setps=3"], ["luthier sft: unknown key `setps`", "`steps`"]),
         (["sft"], ["luthier sft: no model", "model_name=..."]),
         (["keys", "stf"], ["luthier keys: no keys for `stf`", "Did you mean `sft`?"]),

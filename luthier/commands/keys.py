@@ -1,6 +1,6 @@
 """`luthier keys sft`: every key of a command, as a table on a terminal and as Markdown elsewhere.
 
-The docs' page of keys is this Markdown. Left out on purpose: the keys themselves, which stand in `config.py`.
+The docs' page of keys is this Markdown. Left out on purpose: the keys themselves, which stand in `config`.
 """
 
 from __future__ import annotations

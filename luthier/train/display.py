@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from rich.console import Console
@@ -12,6 +12,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL = 10.0  # seconds between plain lines, so that a log file stays readable
+
+Numbers = Sequence[tuple[str, str]]
+"""Names of metrics, and how each is printed."""
+SFT_NUMBERS: Numbers = (
+    ("loss", "loss {:.4f}"),
+    ("mean_token_accuracy", "accuracy {:.3f}"),
+    ("tokens_per_second", "{:.0f} tokens/s"),
+    ("mfu", "MFU {:.1%}"),
+)
 
 
 def console() -> Console:
@@ -65,10 +74,10 @@ def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]
 
 
 class Steps:
-    """The progress of a run, one call of ``update`` a step."""
+    """The progress of a run, one call of ``update`` a step; of its metrics, ``shown`` are printed where they are."""
 
-    def __init__(self, console: Console, total: int, done: int) -> None:
-        self._console, self._total = console, total
+    def __init__(self, console: Console, total: int, done: int, shown: Numbers = SFT_NUMBERS) -> None:
+        self._console, self._total, self._shown = console, total, shown
         self._started, self._first = time.perf_counter(), done
         self._printed = 0.0
         columns = (
@@ -85,7 +94,7 @@ class Steps:
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the numbers of step ``step``, counted from 1."""
-        numbers = _numbers(metrics)
+        numbers = "  ".join(form.format(metrics[name]) for name, form in self._shown if name in metrics)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return
@@ -108,14 +117,3 @@ class Steps:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _numbers(metrics: Mapping[str, Any]) -> str:
-    parts = [
-        f"loss {metrics['loss']:.4f}",
-        f"accuracy {metrics['mean_token_accuracy']:.3f}",
-        f"{metrics['tokens_per_second']:.0f} tokens/s",
-    ]
-    if "mfu" in metrics:
-        parts.append(f"MFU {100 * metrics['mfu']:.1f}%")
-    return "  ".join(parts)

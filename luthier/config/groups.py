@@ -1,21 +1,15 @@
-"""Every key of every command: its type, its default, its meaning.
+"""Groups of keys that commands share.
 
-Keys are flat and carry MaxText's names wherever it has one, else Hugging Face's or vLLM's. The table of keys in the
-docs is made from this file. ``keys.py`` says how they are read.
-
-Left out on purpose: checks that need jax, a model or the network.
+Left out on purpose: what only one command has, which stands with that command.
 """
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from luthier import keys
-from luthier.keys import Keys, Row, key
+from luthier.keys import Keys, key
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -106,22 +100,32 @@ class DatasetKeys(TemplateKeys):
         "", "Function that rewrites a row first: `package.module.function` or `path/to/file.py:function`."
     )
     formatting_func_kwargs: dict[str, Any] = key({}, "Keyword arguments for it.")
-    sft_train_on_completion_only: bool = key(
-        True, "Train on assistant turns and their end token alone; off: on everything but padding."
-    )
 
 
-class DataKeys(DatasetKeys):
-    """Which of its splits, and how rows become tokens."""
+class SplitKeys(DatasetKeys):
+    """Which of its splits."""
 
     train_split: str = key("train", "Split to train on; slices such as `train[:90%]` too.")
     hf_eval_path: str = key("", "Held-out dataset, if it is not a split of `hf_path`.")
     hf_eval_split: str = key("", "Held-out split. Default: `eval_fraction` of the training split.", "eval_split")
     eval_fraction: float = key(0.0, "Share of the training split that is held out where no split is named.", ge=0, lt=1)
+    enable_data_shuffling: bool = key(True, "Shuffle rows by the seed, anew each epoch.")
+
+
+class MaskKeys(Keys):
+    """Which tokens of a conversation count."""
+
+    sft_train_on_completion_only: bool = key(
+        True, "Train on assistant turns and their end token alone; off: on everything but padding."
+    )
+
+
+class DataKeys(MaskKeys, SplitKeys):
+    """How rows become tokens."""
+
     max_target_length: int = key(1024, "Tokens in a row of the batch.", ge=2)
     packing: bool = key(True, "Pack several conversations into a row (best fit); off: one a row, padded.")
     overlong_rows: Literal["truncate", "drop"] = key("truncate", "What happens to rows over `max_target_length`.")
-    enable_data_shuffling: bool = key(True, "Shuffle rows by the seed, anew each epoch.")
     grain_worker_count: int = key(1, "Processes that tokenise and read ahead; 0: none, in this process.", ge=0)
 
 
@@ -135,7 +139,6 @@ class TrainKeys(Keys):
         None, "Passes over the training split. Default: one, or no limit where `steps` is given."
     )
     per_device_batch_size: PositiveInt = key(4, "Rows of a micro-batch on each device of the `data` and `fsdp` axes.")
-    gradient_accumulation_steps: PositiveInt = key(1, "Micro-batches in a step.")
     weight_dtype: Literal["float32", "bfloat16"] = key("float32", "Type of the trained weights in memory.")
     remat_policy: Literal["full", "dots", "none"] = key(
         "dots", "What the backward pass recomputes: all, all but matmuls and attention, or nothing."
@@ -157,7 +160,6 @@ class TrainKeys(Keys):
     )
     gradient_clipping_threshold: float = key(1.0, "Greatest global norm of the gradient; 0: no clipping.", ge=0)
     eval_interval: int = key(-1, "Steps between evaluations on the held-out rows; -1: at the start and the end.", ge=-1)
-    eval_steps: int = key(-1, "Batches in an evaluation; -1: all.", ge=-1)
     enable_checkpointing: bool = key(True, "Keep the train state, so that the same command resumes.")
     checkpoint_period: PositiveInt = key(500, "Steps between checkpoints; the last step always is one.")
     max_num_checkpoints_to_keep: PositiveInt = key(1, "Checkpoints kept, the newest first.")
@@ -227,163 +229,19 @@ class EngineKeys(Keys):
     decode_steps: PositiveInt = key(16, "Tokens sampled on the device between two looks of the host.")
 
 
-class SftConfig(TrainKeys, DataKeys, ModelKeys, RunKeys):
-    """The keys of `luthier sft`."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _check_model(self)
-        if not self.hf_path:
-            raise ValueError("no dataset: set hf_path=... (a hub id, a saved folder or files)")
-        if self.steps == 0 or self.steps < -1:
-            raise ValueError(f"steps={self.steps}: give a positive number, or -1 for as many as num_epoch gives")
-        if self.eval_interval == 0:
-            raise ValueError("eval_interval=0: give a number of steps, or -1 for one at the start and one at the end")
-        if self.eval_steps == 0:
-            raise ValueError("eval_steps=0: give a number of batches, or -1 for all of them")
-        if self.lr_schedule_type == "wsd" and self.warmup_steps_fraction + self.wsd_decay_steps_fraction > 1:
-            raise ValueError("warmup_steps_fraction and wsd_decay_steps_fraction add up to more than 1: lower one")
-        return self
-
-
-class InferenceKeys(SampleKeys, EngineKeys, TemplateKeys, ModelKeys, ProcessKeys):
-    """What the commands that sample share."""
-
-    @model_validator(mode="after")
-    def _check_inference(self) -> Self:
-        _check_model(self)
-        if self.max_target_length and self.max_new_tokens >= self.max_target_length:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_target_length="
-                f"{self.max_target_length}: lower the first or raise the second"
-            )
-        return self
-
-
-class GenerateConfig(InferenceKeys):
-    """The keys of `luthier generate`."""
-
-    prompt: str = key("", "The prompt: a user's message, or with `use_chat_template=false` text to go on with.")
-    prompts_path: str = key(
-        "",
-        "File of prompts: `.txt` (one a line), or rows (`.jsonl .json .parquet .csv`) with a `prompt`, `messages`, "
-        "`conversations` or `question` column, each a text or a list of messages.",
-    )
-    system_prompt: str = key("", "System message before each prompt that has none.")
-    num_generations: PositiveInt = key(1, "Completions of each prompt.", "num_return_sequences", "n")
-    logprobs: int | None = key(
-        None, "Write each token's log-probability, and this many likelier alternatives; null: none.", ge=0, le=20
-    )
-    output_path: str = key(
-        "", "File to write JSON lines to. Default: standard output; on a terminal the text alone, as it comes."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if bool(self.prompt) == bool(self.prompts_path):
-            which = "both set: keep one" if self.prompt else "both empty: set one"
-            raise ValueError(f"prompt and prompts_path are {which}")
-        return self
-
-
-class ChatConfig(InferenceKeys):
-    """The keys of `luthier chat`."""
-
-    system_prompt: str = key("", "System message that a conversation starts with.")
-    compare: list[str] = key([], "Further models, as `load_parameters_path` names one, that answer side by side.")
-
-
-class EvalConfig(InferenceKeys, DatasetKeys):
-    """The keys of `luthier eval`."""
-
-    run_name: str = key("eval", "Name of the evaluation: its folder under `base_output_directory`.", min_length=1)
-    base_output_directory: str = key("runs", "Folder that holds runs.", min_length=1)
-    hf_eval_split: str = key(
-        "",
-        "Split to evaluate on; slices such as `test[:100]` too. Default: `test`, else `validation`, else the first.",
-        "eval_split",
-    )
-    reward_functions: list[str] = key(
-        [],
-        "What scores completions: built-in names, `package.module.function` or `path/to/file.py:function`. Empty: the "
-        "verifier of `reasoning_gym:TASK`; elsewhere nothing is sampled, and the rows' own tokens are scored.",
-    )
-    system_prompt: str = key("", "System message before prompts that have none.")
-    num_generations: PositiveInt = key(1, "Completions of each prompt.", "num_return_sequences", "n")
-    pass_at_k: list[int] = key([], "The k of pass@k and maj@k. Default: 1, 2, 4, ... up to `num_generations`.")
-    pass_threshold: float = key(1.0, "Reward from which a completion passes.")
-    per_device_batch_size: PositiveInt = key(
-        4, "Rows of tokens scored at a time on each device of the `data` and `fsdp` axes."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.hf_path:
-            raise ValueError("no dataset: set hf_path=... (a hub id, a saved folder or files)")
-        if self.num_generations > 1 and self.temperature == 0:
-            raise ValueError(
-                f"num_generations={self.num_generations} at temperature=0 gives the same completion each time: raise "
-                "the temperature, or take one"
-            )
-        for k in self.pass_at_k:
-            if not 1 <= k <= self.num_generations:
-                raise ValueError(f"pass_at_k={k}: give numbers from 1 to num_generations={self.num_generations}")
-        return self
-
-
-class ServeConfig(InferenceKeys):
-    """The keys of `luthier serve`."""
-
-    host: str = key(
-        "127.0.0.1", "Address to listen on; `api_key` is needed where other machines reach it.", min_length=1
-    )
-    port: int = key(8000, "Port to listen on; 0: any free one.", ge=0, le=65535)
-    api_key: str | None = key(
-        None, "Key that requests must bring (`Authorization: Bearer ...`); best set as LUTHIER_API_KEY.", repr=False
-    )
-    served_model_name: str = key(
-        "", "What requests call the model. Default: its hub id, or the name of its folder or file."
-    )
-    max_queue: PositiveInt = key(256, "Completions that may wait to begin; requests for more get status 429.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.api_key and not _is_loopback(self.host):
-            raise ValueError(
-                f"host={self.host} can be reached by other machines: set api_key (best as LUTHIER_API_KEY in the "
-                "environment), or host=127.0.0.1"
-            )
-        return self
-
-
-COMMANDS: dict[str, type[Keys]] = {
-    "sft": SftConfig,
-    "generate": GenerateConfig,
-    "chat": ChatConfig,
-    "eval": EvalConfig,
-    "serve": ServeConfig,
-}
-
-
-def _check_model(config: ModelKeys) -> None:
+def check_model(config: ModelKeys) -> None:
+    """Raise ValueError where no model is named."""
     if not config.model_name and not config.load_parameters_path:
         raise ValueError("no model: set model_name=... or load_parameters_path=... (a folder, hub id or .gguf)")
     if config.load_parameters_path == "random" and not config.model_name:
         raise ValueError("load_parameters_path=random needs model_name=... for its config.json and tokenizer")
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def resolve(command: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
-    """Return the frozen configuration of ``command``; see ``keys.read``."""
-    return keys.read(COMMANDS[command], arguments, environment)
-
-
-def describe(command: str) -> dict[str, list[Row]]:
-    """Return the keys of ``command`` by group."""
-    return keys.table(COMMANDS[command])
+def check_training(config: TrainKeys) -> None:
+    """Raise ValueError for keys of training that cannot be, alone or together."""
+    if config.steps == 0 or config.steps < -1:
+        raise ValueError(f"steps={config.steps}: give a positive number, or -1 for as many as num_epoch gives")
+    if config.eval_interval == 0:
+        raise ValueError("eval_interval=0: give a number of steps, or -1 for one at the start and one at the end")
+    if config.lr_schedule_type == "wsd" and config.warmup_steps_fraction + config.wsd_decay_steps_fraction > 1:
+        raise ValueError("warmup_steps_fraction and wsd_decay_steps_fraction add up to more than 1: lower one")

@@ -1,0 +1,72 @@
+"""Every key of every command: its type, its default, its meaning.
+
+Keys are flat and carry MaxText's names wherever it has one, else Hugging Face's, TRL's or vLLM's. The table of keys in
+the docs is made from these declarations. ``keys.py`` says how they are read.
+
+Left out on purpose: checks that need jax, a model or the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from luthier import keys
+from luthier.config.groups import (
+    DataKeys,
+    DatasetKeys,
+    EngineKeys,
+    ModelKeys,
+    ProcessKeys,
+    RunKeys,
+    SampleKeys,
+    SplitKeys,
+    TemplateKeys,
+    TrainKeys,
+)
+from luthier.config.inference import ChatConfig, EvalConfig, GenerateConfig, InferenceKeys, ServeConfig
+from luthier.config.rl import RlConfig
+from luthier.config.sft import SftConfig
+from luthier.keys import Keys, Row
+
+COMMANDS: dict[str, type[Keys]] = {
+    "sft": SftConfig,
+    "rl": RlConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "eval": EvalConfig,
+    "serve": ServeConfig,
+}
+
+__all__ = [
+    "COMMANDS",
+    "ChatConfig",
+    "DataKeys",
+    "DatasetKeys",
+    "EngineKeys",
+    "EvalConfig",
+    "GenerateConfig",
+    "InferenceKeys",
+    "ModelKeys",
+    "ProcessKeys",
+    "RlConfig",
+    "RunKeys",
+    "SampleKeys",
+    "ServeConfig",
+    "SftConfig",
+    "SplitKeys",
+    "TemplateKeys",
+    "TrainKeys",
+    "describe",
+    "resolve",
+]
+
+
+def resolve(command: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
+    """Return the frozen configuration of ``command``; see ``keys.read``."""
+    return keys.read(COMMANDS[command], arguments, environment)
+
+
+def describe(command: str) -> dict[str, list[Row]]:
+    """Return the keys of ``command`` by group."""
+    return keys.table(COMMANDS[command])
