@@ -60,13 +60,15 @@ class Batch:
 class Loss:
     """A loss as a sum and its weight, so that micro-batches, devices and hosts add up before the one division.
 
-    ``metrics`` maps a name to such a (sum, weight) pair, ``maxima`` a name to a value of which the greatest counts.
+    ``metrics`` maps a name to such a (sum, weight) pair, ``maxima`` a name to a value of which the greatest counts,
+    ``counts`` a name to a number that is reported as it adds up.
     """
 
     sum: Array
     weight: Array
     metrics: dict[str, tuple[Array, Array]] = field(default_factory=dict)
     maxima: dict[str, Array] = field(default_factory=dict)
+    counts: dict[str, Array] = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -76,8 +78,8 @@ class Rollouts:
 
     ``mask_BT`` is true on the model's own tokens that are trained. ``sampler_logp_BT`` is what the sampler said when it
     drew them. ``old_logp_BT`` is what the policy says whose ratio to the current one is clipped: the sampler itself, or
-    the trainer before the first update on these completions. ``reference_logp_BT`` is what the reference policy says,
-    None without one. Outside the mask all of them mean nothing.
+    the trainer before the first update on these completions; None stands for the current policy as it is.
+    ``reference_logp_BT`` is what the reference policy says, None without one. Outside the mask they mean nothing.
     """
 
     mask_BT: Array
@@ -93,8 +95,9 @@ class PolicyBatch:
     """Completions packed into B rows of T tokens, in which each prompt stands once before its completions.
 
     ``segments_BT`` is 0 on padding and 1, 2, ... for prompts and completions; ``prefixes_BT`` is the segment that a
-    token's own segment goes on from: its prompt's for a completion, its own for a prompt. ``positions_BT`` of a
-    completion go on from its prompt's.
+    token's own segment goes on from: its prompt's for a completion, its own for a prompt. It is None where prompts are
+    not shared: then a prompt and its one completion are one segment. ``positions_BT`` of a completion go on from its
+    prompt's.
 
     M tokens of a row are scored: ``targets_BM``, each predicted from the state at ``sources_BM``. ``places_BSC`` finds
     token c of the row's sequence s among them. ``rollouts`` holds those B * S sequences, of C tokens.
@@ -103,7 +106,7 @@ class PolicyBatch:
     tokens_BT: Array
     positions_BT: Array
     segments_BT: Array
-    prefixes_BT: Array
+    prefixes_BT: Array | None
     sources_BM: Array
     targets_BM: Array
     places_BSC: Array
@@ -121,6 +124,6 @@ class Trajectory:
     tokens_T: np.ndarray
     mask_T: np.ndarray
     sampler_logp_T: np.ndarray
-    old_logp_T: np.ndarray
+    old_logp_T: np.ndarray | None
     reference_logp_T: np.ndarray | None
     advantage: float
