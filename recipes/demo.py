@@ -16,9 +16,10 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
+
+from luthier.data import reasoning
 
 RECIPE = Path(__file__).with_name("demo.yml")
 DATA = Path("runs/demo-data")
@@ -32,7 +33,7 @@ INSTRUCTION = "Work from left to right, one step a line. End with the line `Answ
 
 def conversations(count: int, seed: int) -> list[dict[str, list[dict[str, str]]]]:
     """Return ``count`` rows with a ``messages`` column, no two of them with the same problem, the same for a seed."""
-    problems = _reasoning_gym().create_dataset(
+    problems = reasoning.library().create_dataset(
         "chain_sum", min_terms=3, max_terms=4, min_digits=1, max_digits=2, seed=seed, size=2 * count
     )
     rows = {problem["question"]: problem["metadata"]["expression"] for problem in problems}
@@ -152,15 +153,6 @@ def _cell(answer: str, right: bool) -> Any:
 def _run(*command: str) -> None:
     print("$", *command, flush=True)
     subprocess.run(command, check=True)
-
-
-def _reasoning_gym() -> types.ModuleType:
-    """Import reasoning-gym without pycosat, which needs a C compiler and serves none of the tasks used here."""
-    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
-        sys.modules["pycosat"] = types.ModuleType("pycosat")
-    import reasoning_gym
-
-    return reasoning_gym
 
 
 def _here(path: Path) -> str:

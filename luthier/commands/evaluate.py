@@ -9,7 +9,7 @@ Left out on purpose: going on with an evaluation that was interrupted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from luthier.commands import evaluate_samples, evaluate_text
 from luthier.config import EvalConfig
 from luthier.data import files, reasoning, source
 from luthier.data.rows import Rows
+from luthier.data.schemas import Selection
 from luthier.errors import UserError
-from luthier.rollout import reward
+from luthier.rollout import prompts, reward
 from luthier.rollout.estimators import Interval
 from luthier.rollout.opened import open_model
+from luthier.rollout.prompts import Prompt
+from luthier.rollout.reward import Reward
 from luthier.train import display, folder
 
 RESULTS = "results.json"
@@ -37,18 +40,13 @@ def run(config: EvalConfig) -> None:
     place = _folder(config)
     rewards = reward.load(_named(config))
     rows = open_rows(config)
-    chosen = source.selection(config, rows)
-    if rewards and chosen.schema == "text":
-        raise UserError(
-            f"reward_functions={[each.name for each in rewards]}: {rows.source} has plain text, which asks for no "
-            "completion. Leave them out to score the text itself, or map its columns by train_data_columns."
-        )
-    prompts = evaluate_samples.read_prompts(config, rows, chosen) if rewards else []
+    asked = _prompts(config, rows, rewards) if rewards else []
+    chosen = None if rewards else source.selection(config, rows)
     ids: list[list[int]] = []
-    opened = open_model(config, lambda _, tokenizer: ids.extend(evaluate_samples.encode(config, prompts, tokenizer)))
+    opened = open_model(config, lambda _, tokenizer: ids.extend(prompts.encode(config, asked, tokenizer)))
     with mesh_lib.use(opened.mesh):
-        if rewards:
-            job = evaluate_samples.prepare(config, opened, prompts, ids, rewards)
+        if chosen is None:
+            job = evaluate_samples.prepare(config, opened, asked, ids, rewards)
             results = evaluate_samples.evaluate(job, folder.open_(config), console)
         else:
             results = evaluate_text.evaluate(config, opened, rows, chosen, console)
@@ -80,6 +78,16 @@ def lines(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             shown = ", ".join(f"{key} {count}" for key, count in value.items()) if isinstance(value, Mapping) else value
             yield name, f"{shown:.4f}" if isinstance(shown, float) else f"{shown}"
     yield "seconds", f"{results['seconds']:.1f}"
+
+
+def _prompts(config: EvalConfig, rows: Rows, rewards: Sequence[Reward]) -> list[Prompt]:
+    chosen = prompts.choose(config, rows)
+    if isinstance(chosen, Selection) and chosen.schema == "text":
+        raise UserError(
+            f"reward_functions={[each.name for each in rewards]}: {rows.source} has plain text, which asks for no "
+            "completion. Leave them out to score the text itself, or map its columns by train_data_columns."
+        )
+    return prompts.read(rows, chosen, config.system_prompt)
 
 
 def _named(config: EvalConfig) -> list[str]:

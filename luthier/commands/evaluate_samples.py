@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,44 +21,25 @@ from rich.console import Console
 
 from luthier.checkpoint import disk
 from luthier.config import EvalConfig
-from luthier.data import chat
-from luthier.data.rows import Rows
-from luthier.data.schemas import RowError, Selection
 from luthier.errors import UserError
-from luthier.rollout import answers, estimators, opened, reward, text
+from luthier.rollout import answers, evaluation, opened, reward, text
+from luthier.rollout import prompts as prompts_lib
 from luthier.rollout.engine import Completion, Request
 from luthier.rollout.local import LocalEngine
 from luthier.rollout.opened import Opened
-from luthier.rollout.reward import Group, Reward
-from luthier.rollout.verifiers import Text
+from luthier.rollout.prompts import Prompt
+from luthier.rollout.reward import Reward
 from luthier.train import display
-from luthier.types import Conversation
 
 COMPLETIONS = "completions.jsonl"
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What a row asks, and what it holds the answer against.
-
-    ``shown`` is the prompt as reward functions see it: messages if the row has messages, else text.
-    """
-
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] | None
-    shown: Text
-    reference: str | None
-    row: Mapping[str, Any]
-    place: str
-
-
-@dataclass(frozen=True)
 class Scored:
-    """A prompt's completions in the order of their samples: texts, final answers, and ``rewards_GF``."""
+    """A prompt's completions in the order of their samples, with their texts and ``rewards_GF``."""
 
     completions: Sequence[Completion]
     texts: Sequence[str]
-    answers: Sequence[str | None]
     rewards_GF: np.ndarray
 
 
@@ -73,30 +53,6 @@ class Job:
     requests: Sequence[Request]
     rewards: Sequence[Reward]
     engine: LocalEngine
-
-
-def read_prompts(config: EvalConfig, rows: Rows, chosen: Selection) -> list[Prompt]:
-    """Return the prompt of each row. Raises UserError naming a row that cannot be read or asks nothing."""
-    prompts = []
-    for index in range(len(rows)):
-        row = rows[index]
-        try:
-            prompts.append(_prompt(config, chosen, row, chosen.read(row), rows.place(index)))
-        except RowError as error:
-            raise UserError(f"{rows.place(index)}: {error}") from None
-    return prompts
-
-
-def encode(config: EvalConfig, prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
-    """Return the tokens of each prompt. Raises UserError naming one that the chat template refuses."""
-    how = chat.prompt_rendering(config, tokenizer)
-    found = []
-    for prompt in prompts:
-        try:
-            found.append(text.encode(tokenizer, how, prompt.messages, prompt.tools))
-        except RowError as error:
-            raise UserError(f"{prompt.place}: {error}") from None
-    return found
 
 
 def prepare(
@@ -139,7 +95,14 @@ def evaluate(job: Job, folder: Path, console: Console) -> dict[str, Any]:
     ):
         scored = _sample(job, lambda line: print(line, file=file, flush=True), counted)
     seconds = time.perf_counter() - started
-    summary = summarise(scored, [each.name for each in job.rewards], job.config)
+    summary = evaluation.summarise(
+        np.stack([each.rewards_GF for each in scored]),
+        [each.texts for each in scored],
+        [each.name for each in job.rewards],
+        every_k=job.config.pass_at_k,
+        threshold=job.config.pass_threshold,
+        seed=job.config.seed,
+    )
     for name, measures in summary.items():
         if unscored := measures["unscored_prompts"]:
             display.warn(
@@ -151,54 +114,10 @@ def evaluate(job: Job, folder: Path, console: Console) -> dict[str, Any]:
         "num_generations": job.config.num_generations,
         "temperature": job.requests[0].sampling.temperature,
         "rewards": summary,
-        "completions": _lengths(completions),
+        "completions": evaluation.lengths([(len(each.tokens_T), each.finish) for each in completions]),
         "seconds": seconds,
         "tokens_per_second": sum(len(each.tokens_T) for each in completions) / seconds,
     }
-
-
-def summarise(scored: Sequence[Scored], names: Sequence[str], config: EvalConfig) -> dict[str, dict[str, Any]]:
-    """Return for each function its mean, pass@k and maj@k with confidence intervals over prompts.
-
-    Prompts with a completion that a function gave None are left out of its numbers, and counted.
-    """
-    G = config.num_generations
-    every_k = sorted(set(config.pass_at_k)) or [k for k in (2**power for power in range(G.bit_length())) if k <= G]
-    rewards_PGF = np.stack([each.rewards_GF for each in scored])
-    summary = {}
-    for number, name in enumerate(names):
-        known_P = np.isfinite(rewards_PGF[:, :, number]).all(axis=1)
-        summary[name] = {"unscored_prompts": int((~known_P).sum())}
-        if not known_P.any():
-            continue
-        rewards_PG = rewards_PGF[known_P, :, number]
-        passed_PG = rewards_PG >= config.pass_threshold
-        voted = [scored[index].answers for index in np.flatnonzero(known_P).tolist()]
-        values = {"mean": rewards_PG.mean(axis=1)}
-        values |= {f"pass@{k}": estimators.pass_at_k(passed_PG, k) for k in every_k}
-        values |= {f"maj@{k}": estimators.majority_at_k(voted, passed_PG, k) for k in every_k if k > 1}
-        intervals = {key: estimators.interval(value_P, config.seed)._asdict() for key, value_P in values.items()}
-        summary[name] = intervals | summary[name]
-    return summary
-
-
-def _prompt(
-    config: EvalConfig, chosen: Selection, row: Mapping[str, Any], conversation: Conversation, place: str
-) -> Prompt:
-    messages = conversation.messages
-    count = conversation.prompt_messages
-    if not count:  # a whole conversation: its last reply is the reference
-        count = len(messages) - (messages[-1]["role"] == "assistant")
-    asked, reply = messages[:count], messages[count:]
-    if not asked:
-        raise RowError("", "nothing comes before its reply, so there is no prompt. Remove the row.")
-    own = row.get(dict(chosen.columns).get("prompt", ""))
-    as_messages = chosen.schema in ("messages", "conversations") or (own is not None and not isinstance(own, str))
-    text_shown = asked[-1]["content"]
-    if config.system_prompt and all(message["role"] != "system" for message in asked):
-        asked = ({"role": "system", "content": config.system_prompt}, *asked)
-    reference = "".join(message["content"] for message in reply) if reply else None
-    return Prompt(asked, conversation.tools, list(asked) if as_messages else text_shown, reference, row, place)
 
 
 def _sample(job: Job, write: Callable[[str], None], counted: Callable[[int, int], None]) -> list[Scored]:
@@ -222,16 +141,14 @@ def _score(job: Job, index: int, completions: Sequence[Completion]) -> Scored:
     prompt = job.prompts[index]
     after = () if job.config.use_chat_template else job.requests[index].prompt
     texts = [text.decode(job.tokenizer, each, job.config.stop, after) for each in completions]
-    as_messages = not isinstance(prompt.shown, str)
-    group = Group(
-        prompt=prompt.shown,
-        completions=[[{"role": "assistant", "content": said}] for said in texts] if as_messages else texts,
-        completion_ids=[each.tokens_T.tolist() for each in completions],
-        row=prompt.row,
-        reference=prompt.reference,
-        place=prompt.place,
-    )
-    return Scored(completions, texts, [answers.final_answer(said) for said in texts], reward.score(job.rewards, group))
+    group = prompts_lib.group(prompt, texts, [each.tokens_T.tolist() for each in completions])
+    columns = []
+    for function in job.rewards:
+        rewards, failure = reward.score(function, group)
+        if failure is not None:
+            raise UserError(str(failure))
+        columns.append(rewards)
+    return Scored(completions, texts, np.array(columns).T)
 
 
 def _line(job: Job, index: int, scored: Scored, sample: int) -> dict[str, Any]:
@@ -244,22 +161,10 @@ def _line(job: Job, index: int, scored: Scored, sample: int) -> dict[str, Any]:
         "prompt": prompt.shown,
         "completion": scored.texts[sample],
         "reference": prompt.reference,
-        "answer": scored.answers[sample],
+        "answer": answers.final_answer(scored.texts[sample]),
         "rewards": {each.name: None if math.isnan(value) else value for each, value in rewards},
         "finish_reason": completion.finish,
         "prompt_tokens": len(job.requests[index].prompt),
         "completion_tokens": len(completion.tokens_T),
         "logprob": float(completion.softmax_logp_T.sum()),
-    }
-
-
-def _lengths(completions: Sequence[Completion]) -> dict[str, Any]:
-    lengths = [len(each.tokens_T) for each in completions]
-    finishes = Counter(each.finish for each in completions)
-    return {
-        "mean_length": float(np.mean(lengths)),
-        "min_length": min(lengths),
-        "max_length": max(lengths),
-        "clipped_ratio": finishes["length"] / len(lengths),
-        "finish_reason": dict(finishes),
     }

@@ -24,12 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from luthier import mesh as mesh_lib
 from luthier.commands import output, terminal
 from luthier.commands import prompts as prompts_lib
-from luthier.commands.prompts import Prompt
 from luthier.config import GenerateConfig
 from luthier.model import param
 from luthier.rollout import text
 from luthier.rollout.engine import Completion, Engine, Piece, Request
 from luthier.rollout.opened import Opened, open_engine, open_model, prompt_seeds, sampling
+from luthier.rollout.prompts import Prompt
 from luthier.train import display
 
 
@@ -179,12 +179,11 @@ def show(job: Job, engine: Engine) -> None:
 
 def row(job: Job, completion: Completion) -> dict[str, Any]:
     """Return one completion as the object that is written for it."""
-    request, messages = job.requests[completion.request], job.prompts[completion.request].messages
-    alone = len(messages) == 1 and messages[0]["role"] == "user"
+    request = job.requests[completion.request]
     found = {
         "index": completion.request,
         "sample": completion.sample,
-        "prompt": messages[0]["content"] if alone else list(messages),
+        "prompt": job.prompts[completion.request].shown,
         "completion": text.decode(
             job.opened.tokenizer, completion, request.sampling.stop, job.after(completion.request)
         ),

@@ -1,38 +1,21 @@
 """The prompts of `luthier generate`: read from its keys, rendered, and refused with their place where they cannot be.
 
-Left out on purpose: datasets with splits, and what a prompt's right answer is; `luthier eval` knows those.
+Left out on purpose: datasets with splits, and what a prompt's right answer is; ``rollout.prompts`` knows those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from luthier.config import GenerateConfig
-from luthier.data import chat
 from luthier.data.files import SUFFIXES
 from luthier.data.rows import read_file
-from luthier.data.schemas import RowError, Selection
 from luthier.errors import UserError
-from luthier.rollout import text
-
-COLUMNS = ("prompt", "messages", "conversations", "question")
-"""The columns that prompts are read from, in this order."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt: its place for messages about it, the messages to answer, and their tools.
-
-    ``replies`` counts what was left out behind the last question: rows to train on end with the reply.
-    """
-
-    place: str
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] | None = None
-    replies: int = 0
+from luthier.rollout import prompts
+from luthier.rollout.prompts import ALONE, Alone, Prompt
 
 
 def read(config: GenerateConfig) -> list[Prompt]:
@@ -40,38 +23,26 @@ def read(config: GenerateConfig) -> list[Prompt]:
     found = [_from_text(config.prompt, "prompt")] if config.prompt else list(_from_file(config.prompts_path))
     if not found:
         raise UserError(f"prompts_path={config.prompts_path}: no prompt in it. Write one a line.")
-    return [_with_system(prompt, config.system_prompt) for prompt in found]
+    return [_shown_whole(prompts.with_system(prompt, config.system_prompt)) for prompt in found]
 
 
 def encode(
-    config: GenerateConfig, prompts: list[Prompt], tokenizer: Any, context_length: int | None
+    config: GenerateConfig, asked: Sequence[Prompt], tokenizer: Any, context_length: int | None
 ) -> list[list[int]]:
     """Return the tokens of each prompt.
 
     Raises UserError naming the prompt that the template cannot render, that has no tokens, or that leaves no room for
     an answer within ``context_length`` (the model's) or ``max_target_length``.
     """
-    how = chat.prompt_rendering(config, tokenizer)
-    return [_encode(config, prompt, how, tokenizer, context_length) for prompt in prompts]
-
-
-def _encode(
-    config: GenerateConfig, prompt: Prompt, how: chat.Rendering, tokenizer: Any, context_length: int | None
-) -> list[int]:
-    try:
-        ids = text.encode(tokenizer, how, prompt.messages, prompt.tools)
-    except RowError as error:
-        raise UserError(f"{prompt.place}: {error}") from None
-    if not ids:
-        raise UserError(f"{prompt.place}: an empty prompt, of no tokens. Give it some text.")
+    found = prompts.encode(config, asked, tokenizer)
     limit = config.max_target_length or context_length
-    if limit is not None and len(ids) >= limit:
+    for index in () if limit is None else prompts.overlong(found, limit - 1):
         key = f"max_target_length={limit}" if config.max_target_length else f"the model's context of {limit} tokens"
         raise UserError(
-            f"{prompt.place}: a prompt of {len(ids)} tokens leaves no room for an answer in {key}. Shorten it"
-            + (", or raise max_target_length." if config.max_target_length else ".")
+            f"{asked[index].place}: a prompt of {len(found[index])} tokens leaves no room for an answer in {key}. "
+            "Shorten it" + (", or raise max_target_length." if config.max_target_length else ".")
         )
-    return ids
+    return found
 
 
 def _from_file(name: str) -> Iterator[Prompt]:
@@ -101,36 +72,19 @@ def _lines(path: Path) -> Iterator[Prompt]:
 def _rows(path: Path) -> Iterator[Prompt]:
     rows = read_file(path)
     for index in range(len(rows)):
-        yield _from_row(rows[index], rows.place(index))
-
-
-def _from_row(row: dict[str, Any], place: str) -> Prompt:
-    column = next((name for name in COLUMNS if name in row), None)
-    if column is None:
-        listed = ", ".join(f"`{name}`" for name in row) or "none"
-        raise UserError(f"{place}: none of the columns {', '.join(COLUMNS)} in this row, which has {listed}.")
-    if isinstance(row[column], str):
-        return _from_text(row[column], place)
-    try:
-        turns = Selection("messages", (("messages", column), ("tools", "tools"))).read(row)
-    except RowError as error:
-        raise UserError(f"{place}: {error}") from None
-    count = len(turns.messages)
-    while count and turns.messages[count - 1]["role"] == "assistant":
-        count -= 1
-    if not count:
-        raise UserError(f"{place}: column `{column}`: nothing but replies. Begin with a message to answer.")
-    return Prompt(place, turns.messages[:count], turns.tools, len(turns.messages) - count)
+        row, place = rows[index], rows.place(index)
+        column = next((name for name in ALONE if name in row), None)
+        if column is None:
+            listed = ", ".join(f"`{name}`" for name in row) or "none"
+            raise UserError(f"{place}: none of the columns {', '.join(ALONE)} in this row, which has {listed}.")
+        yield prompts.read_row(row, place, Alone(column))
 
 
 def _from_text(content: str, place: str) -> Prompt:
-    if not content.strip():
-        raise UserError(f"{place}: an empty prompt. Give it some text, or remove it.")
-    return Prompt(place, ({"role": "user", "content": content},))
+    return prompts.read_row({"prompt": content}, place, Alone("prompt"))
 
 
-def _with_system(prompt: Prompt, system: str) -> Prompt:
-    if not system or any(message["role"] == "system" for message in prompt.messages):
-        return prompt
-    messages = ({"role": "system", "content": system}, *prompt.messages)
-    return Prompt(prompt.place, messages, prompt.tools, prompt.replies)
+def _shown_whole(prompt: Prompt) -> Prompt:
+    """Show a prompt of one user's message as its text, and any other as messages."""
+    alone = len(prompt.messages) == 1 and prompt.messages[0]["role"] == "user"
+    return replace(prompt, shown=prompt.messages[0]["content"] if alone else list(prompt.messages))

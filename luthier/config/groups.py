@@ -112,7 +112,7 @@ class SplitKeys(DatasetKeys):
     enable_data_shuffling: bool = key(True, "Shuffle rows by the seed, anew each epoch.")
 
 
-class MaskKeys(Keys):
+class MaskKeys(TemplateKeys):
     """Which tokens of a conversation count."""
 
     sft_train_on_completion_only: bool = key(

@@ -220,9 +220,10 @@ def _devices(config: RlConfig) -> str | None:
 
 
 def _rewards(config: RlConfig) -> str | None:
-    count, weights = len(config.reward_functions), len(config.reward_weights)
-    if weights and weights != max(count, 1):
-        return f"reward_weights has {weights} numbers for {max(count, 1)} reward functions: give one for each"
+    count, weights = max(len(config.reward_functions) + bool(config.environment), 1), len(config.reward_weights)
+    if weights and weights != count:
+        also = ", the last for the environment's own" if config.environment else ""
+        return f"reward_weights has {weights} numbers for {count} rewards: give one for each{also}"
     unknown = [name for name in config.reward_kwargs if not any(name in path for path in config.reward_functions)]
     if unknown and config.reward_functions:
         return f"reward_kwargs: {unknown[0]} is none of reward_functions={config.reward_functions}"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.config import DatasetKeys, TemplateKeys
+from luthier.config import MaskKeys, TemplateKeys
 from luthier.data.schemas import RowError
 from luthier.data.spans import Span, TemplateRefused, render, trained_spans, trains_header
 from luthier.errors import UserError
@@ -50,7 +50,7 @@ class Rendered:
     eos: bool = False
 
 
-def rendering(keys: DatasetKeys, tokenizer: Any) -> Rendering:
+def rendering(keys: MaskKeys, tokenizer: Any) -> Rendering:
     """Return how ``keys`` want conversations rendered to be trained on.
 
     Raises UserError as ``prompt_rendering`` does, and for a tokenizer without offsets.

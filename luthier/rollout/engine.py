@@ -64,8 +64,9 @@ class Completion:
 
     ``logp_T`` is under the distribution that it was drawn from, filters and all (0 where temperature is 0);
     ``softmax_logp_T`` under the whole softmax at that temperature (at 1 where temperature is 0), which is what a
-    trainer computes. ``request`` and ``sample`` count from 0. ``finish`` is "stop" for a stop token or text,
-    ``stopped_by`` being which.
+    trainer computes. ``versions_T`` int32 is the version of the weights that each token was drawn by, as ``sync`` was
+    told. ``request`` and ``sample`` count from 0. ``finish`` is "stop" for a stop token or text, ``stopped_by`` being
+    which.
     """
 
     request: int
@@ -73,6 +74,7 @@ class Completion:
     tokens_T: np.ndarray
     logp_T: np.ndarray
     softmax_logp_T: np.ndarray
+    versions_T: np.ndarray
     finish: Finish
     stopped_by: int | str | None = None
     alternatives: Alternatives | None = None
@@ -80,21 +82,25 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next tokens of a completion that is still being drawn; arrays as in ``Completion``."""
+    """The next tokens of a completion that is still being drawn; arrays as in ``Completion``.
+
+    They come from one chunk, and so from one ``version`` of the weights.
+    """
 
     request: int
     sample: int
     tokens_T: np.ndarray
     logp_T: np.ndarray
     softmax_logp_T: np.ndarray
+    version: int = 0
     alternatives: Alternatives | None = None
 
 
 class Engine(Protocol):
     """Something that samples from a model."""
 
-    def sync(self, params: Tree) -> None:
-        """Sample from these weights from now on."""
+    def sync(self, params: Tree, version: int = 0) -> None:
+        """Sample from these weights from now on; tokens drawn by them carry the ``version``."""
         ...
 
     def generate(
@@ -105,4 +111,38 @@ class Engine(Protocol):
         ``on_piece`` is called with the new tokens of each completion, the last ones included, as they come. Raises
         UserError for a request that cannot be served, before the first is begun. Closing the iterator ends the rest.
         """
+        ...
+
+
+class SteppedEngine(Protocol):
+    """An engine that is driven from outside: requests may come and go between its steps, and its weights change."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        ...
+
+    @property
+    def length(self) -> int | None:
+        """The most tokens that prompt and completion have together, None where nothing limits them."""
+        ...
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that cannot be served."""
+        ...
+
+    def submit(self, request: Request, *, first: bool = False) -> int:
+        """Take a request and return its number; with ``first`` it goes before all that wait. Raises as ``check``."""
+        ...
+
+    def step(self) -> Sequence[Piece | Completion]:
+        """Go on for a while and return what came of it, pieces before completions."""
+        ...
+
+    def cancel(self, number: int) -> None:
+        """End what is unfinished of a request; it comes out of a step as cancelled."""
+        ...
+
+    def forget(self) -> None:
+        """Forget what was read before: the next requests are served as by an engine that has just been made."""
         ...

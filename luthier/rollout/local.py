@@ -27,6 +27,7 @@ from luthier import mesh as mesh_lib
 from luthier.config import EngineKeys
 from luthier.errors import UserError
 from luthier.model import cache
+from luthier.model.cache import Cache
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.model.param import Tree
@@ -39,6 +40,7 @@ from luthier.rollout.sequence import StopTexts
 from luthier.rollout.slots import Placement, Slots
 
 STOP_TOKENS = (8, 80)  # stop tokens of a sequence, filled up to one of these, or to a multiple of the last
+NOTHING = Size(0, 0)
 BUSY = "the engine is busy with other requests: take their completions first"
 
 
@@ -68,18 +70,30 @@ class LocalEngine:
         self._queue: deque[Drawing] = deque()
         self._cancelled: list[Drawing] = []
         self._numbers = itertools.count()
-        self._size: Size | None = None
+        self._hold(NOTHING, {})
         self.sync(params)
 
-    def sync(self, params: Tree) -> None:
+    def sync(self, params: Tree, version: int = 0) -> None:
         """Sample from these weights from now on, sequences that are under way included.
 
-        Matrices of another type than the engine computes in are cast, as each use of them in training casts them; all
-        else is used where it lies, not copied.
+        Those keep what older weights have read; each token is told the ``version`` that drew it. Matrices of another
+        type than the engine computes in are cast, as each use of them in training casts them; all else is used where it
+        lies, not copied.
         """
-        self._params = _cast(params, self._model, self._compute.dtype)
-        if self._size is not None:
-            self._slots.forget()
+        self._params, self._version = _cast(params, self._model, self._compute.dtype), version
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what rows hold of ended sequences, so that what follows is sampled as by a new engine of this size.
+
+        What is sampled from such a state is the same to the bit, as long as the requests and their order are.
+        """
+        self._slots.forget()
+
+    @property
+    def length(self) -> int | None:
+        """The most tokens that prompt and completion have together."""
+        return self._size.length or self.limits.length
 
     def reserve(self, sequences: int | None = None, length: int | None = None) -> Size:
         """Make the cache for this many sequences of this many tokens at a time, if it is not that large already.
@@ -87,31 +101,36 @@ class LocalEngine:
         None stands for the most that keys, model and memory allow. Raises UserError where not even one sequence fits.
         """
         old = self._size
-        if old is not None and self.busy:
+        if old.rows and self.busy:
             return old
         size = self.limits.size(sequences, length, old)
-        if old is not None:
-            if size.rows <= old.rows and size.length <= old.length:
-                return old
-            size = self.limits.size(max(size.rows, old.rows), max(size.length, old.length), old)
-        self._size = self._stored = None  # let go of, before the larger one is made
-        self._stored = cache.make(self._model.cache_lines, size.rows, size.length, self.limits.dtype, self._mesh)
-        self._size = size
+        if size.rows <= old.rows and size.length <= old.length:
+            return old
+        size = self.limits.size(max(size.rows, old.rows), max(size.length, old.length), old) if old.rows else size
+        self._hold(NOTHING, {})  # the old one is let go of, before the larger one is made
+        stored = cache.make(self._model.cache_lines, size.rows, size.length, self.limits.dtype, self._mesh)
+        self._hold(size, stored)
+        return size
+
+    def _hold(self, size: Size, stored: Cache) -> None:
+        """Take a cache and begin its record."""
+        self._size, self._stored = size, stored
         ring = min(line.slots(size.length) for line in self._model.cache_lines.values())
         self._slots: Slots[Drawing] = Slots.empty(size.rows, size.length, ring)
         # Rows that are split over devices stay where they are: all are worked on together.
         split = mesh_lib.batch_shards(self._mesh) > 1
         self._row_buckets = (size.rows,) if split else buckets(size.rows)
-        return size
 
-    def warm_up(self, *, logprobs: bool = False) -> None:
+    def warm_up(self, *, longest: int | None = None, logprobs: bool = False) -> None:
         """Compile all that sampling takes, for a cache of the size reserved, so that no request waits for it.
 
-        What reports likeliest tokens is compiled with ``logprobs`` alone, else when it is first asked for.
+        ``longest`` is the length of the longest prompt, where it is known. What reports likeliest tokens is compiled
+        with ``logprobs`` alone, else when it is first asked for.
         """
-        if self._size is None:
+        if not self._size.rows:
             self.reserve()
-        for length in self._prompt_buckets:
+        most = self._keys.prefill_chunk_length if longest is None else longest
+        for length in (length for length in self._prompt_buckets if length < 2 * most):
             for together in buckets(self._together(length)):
                 self._prefill([], length, together)
         self._copy([(0, 0)])
@@ -136,13 +155,13 @@ class LocalEngine:
         self.reserve(sum(request.samples for request in requests), min(longest, self.limits.length or longest))
         return self._generate(requests, on_piece)
 
-    def submit(self, request: Request) -> int:
-        """Let a request wait for its turn, and return its number.
+    def submit(self, request: Request, *, first: bool = False) -> int:
+        """Let a request wait for its turn, or with ``first`` go before all that wait, and return its number.
 
         Raises UserError where it cannot be served.
         """
         self.check(request)
-        size = self._size or self.reserve()
+        size = self._size if self._size.rows else self.reserve()
         if len(request.prompt) >= size.length:
             size = self.reserve()
         if len(request.prompt) >= size.length:
@@ -156,11 +175,16 @@ class LocalEngine:
         named = [0, self._seed, number] if sampling.seed is None else [1, sampling.seed]
         words = [word for value in named for word in (value % 2**32, value >> 32)]
         prompt_T = np.asarray(request.prompt, np.int32)
+        drawings = []
         for sample in range(request.samples):
             key_2 = np.random.SeedSequence([sample, *words]).generate_state(2)
             watch = StopTexts(self.tokenizer, sampling.stop) if sampling.stop else None
             limit = min(sampling.max_new_tokens, size.length - len(prompt_T))
-            self._queue.append(Drawing(number, sample, prompt_T, sampling, limit, key_2, watch))
+            drawings.append(Drawing(number, sample, prompt_T, sampling, limit, key_2, watch))
+        if first:
+            self._queue.extendleft(reversed(drawings))
+        else:
+            self._queue.extend(drawings)
         return number
 
     def cancel(self, number: int) -> None:
@@ -170,14 +194,12 @@ class LocalEngine:
     @property
     def busy(self) -> bool:
         """Whether anything waits, is drawn, or was cancelled and not reported yet."""
-        return bool(self._queue or self._cancelled or (self._size and self._slots.busy))
+        return bool(self._queue or self._cancelled or self._slots.busy)
 
     def step(self) -> list[Piece | Completion]:
         """Let in what waits, draw one chunk, and return its pieces and then what came to its end."""
         ended = [drawing.completion() for drawing in self._cancelled]
         self._cancelled.clear()
-        if self._size is None:
-            return list(ended)
         self._admit()
         if not self._slots.busy:
             return list(ended)
@@ -193,7 +215,7 @@ class LocalEngine:
         """Take the sequences of these requests out of queue and rows, and return them."""
         dropped = [drawing for drawing in self._queue if drawing.request in numbers]
         self._queue = deque(drawing for drawing in self._queue if drawing.request not in numbers)
-        for row, drawing in self._slots if self._size else ():
+        for row, drawing in self._slots:
             if drawing.request in numbers:
                 self._slots.sequences[row] = None
                 dropped.append(drawing)
@@ -256,10 +278,6 @@ class LocalEngine:
             ]
 
     @property
-    def _slots_count(self) -> int:
-        return len(self._slots.sequences)
-
-    @property
     def _prompt_buckets(self) -> tuple[int, ...]:
         """The lengths that prompts are read in: powers of two up to a whole chunk."""
         most = self._keys.prefill_chunk_length
@@ -270,7 +288,7 @@ class LocalEngine:
 
     def _together(self, length: int) -> int:
         """Return how many prompts of a length are read at a time."""
-        return min(self._keys.prefill_chunk_length // length, self._slots_count)
+        return min(self._keys.prefill_chunk_length // length, self._size.rows)
 
     def _prefill(self, items: list[tuple[int, np.ndarray, int]], length: int, together: int) -> None:
         tokens_PT = np.zeros((together, length), np.int32)
@@ -284,7 +302,7 @@ class LocalEngine:
 
     def _copy(self, pairs: list[tuple[int, int]]) -> None:
         if pairs:
-            sources_P, targets_P = np.zeros((2, self._slots_count), np.int32)
+            sources_P, targets_P = np.zeros((2, self._size.rows), np.int32)
             sources_P[: len(pairs)], targets_P[: len(pairs)] = zip(*pairs, strict=True)
             self._stored = programs.copy(self._stored, sources_P, targets_P, len(pairs))
 
@@ -313,7 +331,7 @@ class LocalEngine:
             last = drawing.last_token
             tokens_T, row_columns = chunk.tokens_BS[row, :count], [column[row, :count] for column in columns]
             self._slots.append(row, np.asarray([last, *tokens_T[:-1]], np.int32))
-            piece = drawing.take(tokens_T, row_columns, not after.live_B[row])
+            piece = drawing.take(tokens_T, row_columns, not after.live_B[row], self._version)
             taken.append((row, drawing, piece))
         return taken
 

@@ -18,7 +18,7 @@ from luthier import mesh as mesh_lib
 from luthier import runtime
 from luthier.checkpoint import huggingface, source, tokenizer
 from luthier.checkpoint.source import Source
-from luthier.config import InferenceKeys
+from luthier.config import InferenceKeys, SampleKeys
 from luthier.model import attention, param
 from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
@@ -28,20 +28,26 @@ from luthier.rollout.local import LocalEngine
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model with its weights (in the type that it computes in), tokenizer and mesh."""
+class Described:
+    """A model but for its weights: where it comes from, what it is, and its tokenizer."""
 
     source: Source
     model: Model
-    params: Tree
     tokenizer: Any
-    mesh: Mesh
-    compute: Compute
 
     @property
     def context_length(self) -> int | None:
         """The most tokens that the model was made for, where its configuration says."""
         return self.source.config.get("max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Opened(Described):
+    """A model with its weights (in the type that it computes in) on a mesh."""
+
+    params: Tree
+    mesh: Mesh
+    compute: Compute
 
 
 def open_model(keys: InferenceKeys, look: Callable[[Source, Any], None] | None = None) -> Opened:
@@ -62,7 +68,7 @@ def open_model(keys: InferenceKeys, look: Callable[[Source, Any], None] | None =
         if look is not None:
             look(place, words)
         params = _params(keys, place, model, dtype, mesh)
-    return Opened(place, model, params, words, mesh, Compute(dtype, keys.attention))
+    return Opened(place, model, words, params, mesh, Compute(dtype, keys.attention))
 
 
 def open_engine(keys: InferenceKeys, opened: Opened) -> LocalEngine:
@@ -79,11 +85,11 @@ def open_engine(keys: InferenceKeys, opened: Opened) -> LocalEngine:
     )
 
 
-def end_tokens(opened: Opened) -> tuple[int, ...]:
+def end_tokens(of: Described) -> tuple[int, ...]:
     """Return the tokens that end an answer: those of the model's configurations and of its tokenizer."""
-    named = [(opened.source.generation_config or {}).get("eos_token_id"), opened.source.config.get("eos_token_id")]
-    listed = [ids if isinstance(ids, Sequence) else [ids] for ids in [*named, opened.tokenizer.eos_token_id]]
-    size = opened.model.config.vocab_size
+    named = [(of.source.generation_config or {}).get("eos_token_id"), of.source.config.get("eos_token_id")]
+    listed = [ids if isinstance(ids, Sequence) else [ids] for ids in [*named, of.tokenizer.eos_token_id]]
+    size = of.model.config.vocab_size
     return tuple(sorted({token for ids in listed for token in ids if token is not None and 0 <= token < size}))
 
 
@@ -93,16 +99,16 @@ def prompt_seeds(seed: int, count: int) -> list[int]:
     return [int(state >> 1) for state in states]  # 31 bits: an int32 everywhere
 
 
-def sampling(keys: InferenceKeys, opened: Opened) -> Sampling:
+def sampling(keys: SampleKeys, of: Described) -> Sampling:
     """Return how ``keys`` want tokens drawn, with the model's ``generation_config.json`` for what they leave open."""
-    own = opened.source.generation_config or {}
+    own = of.source.generation_config or {}
     own = {"temperature": 0.0} if own.get("do_sample") is False else own
     usual = Sampling()
     drawn = {}
     for name in ("temperature", "top_k", "top_p", "min_p"):
         choices = (getattr(keys, name), own.get(name), getattr(usual, name))
         drawn[name] = next(choice for choice in choices if choice is not None)
-    ends = end_tokens(opened) if keys.stop_token_ids is None else tuple(keys.stop_token_ids)
+    ends = end_tokens(of) if keys.stop_token_ids is None else tuple(keys.stop_token_ids)
     return replace(
         usual,
         **drawn,

@@ -82,8 +82,8 @@ class Limits:
             return self.keys.max_target_length
         if wanted is None and self.context_length is None:
             raise UserError("max_target_length=0: the model's config.json names no limit. Set the key to one.")
-        # Rounded up, so that few different lengths are compiled for.
-        return min(*(n for n in (self.context_length, wanted and -(-wanted // 128) * 128) if n), 1 << 30)
+        rounded = wanted and -(-wanted // 128) * 128  # so that few different lengths are compiled for
+        return min(length for length in (self.context_length, rounded) if length)
 
     def _budget(self, old: Size | None) -> float:
         """Return the bytes for the cache on each device; infinite where the platform does not say what is free."""

@@ -38,10 +38,11 @@ class Sequence:
         """The token that the model has not read yet."""
         return int(self.pieces[-1].tokens_T[-1] if self.pieces else self.prompt_T[-1])
 
-    def take(self, tokens_T: np.ndarray, columns: Several[np.ndarray], ended: bool) -> Piece:
+    def take(self, tokens_T: np.ndarray, columns: Several[np.ndarray], ended: bool, version: int) -> Piece:
         """Add the tokens of a chunk and return them as a piece, cut where a stop text was completed.
 
-        ``columns`` are the other fields of a chunk, row for row; ``ended`` is whether the device ended the completion.
+        ``columns`` are the other fields of a chunk, row for row; ``ended`` is whether the device ended the completion;
+        ``version`` is that of the weights.
         """
         found = self.watch.push(tokens_T) if self.watch else None
         count = len(tokens_T) if found is None else found[0]
@@ -49,7 +50,7 @@ class Sequence:
         tokens_T, logp_T, softmax_logp_T, ids_TA, logp_TA = (column[:count].copy() for column in (tokens_T, *columns))
         wanted = self.sampling.logprobs
         alternatives = Alternatives(ids_TA[:, :wanted], logp_TA[:, :wanted]) if wanted else None
-        piece = Piece(self.request, self.sample, tokens_T, logp_T, softmax_logp_T, alternatives)
+        piece = Piece(self.request, self.sample, tokens_T, logp_T, softmax_logp_T, version, alternatives)
         self.pieces.append(piece)
         self.drawn += count
         if found is not None:
@@ -76,10 +77,15 @@ class Sequence:
             joined("tokens_T", np.int32),
             joined("logp_T", np.float32),
             joined("softmax_logp_T", np.float32),
+            np.repeat(np.array([piece.version for piece in self.pieces], np.int32), list(map(_size, self.pieces))),
             self.finish or "cancelled",
             self.stopped_by,
             alternatives,
         )
+
+
+def _size(piece: Piece) -> int:
+    return len(piece.tokens_T)
 
 
 @dataclass

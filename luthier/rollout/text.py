@@ -13,12 +13,15 @@ from typing import Any
 
 from luthier.data import chat
 from luthier.data.chat import Rendering
+from luthier.data.schemas import RowError
 from luthier.rollout.engine import Completion
 from luthier.types import Conversation
 
 Message = Mapping[str, Any]
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_MARK = "\ufdd0"
+"""Stands for a reply: a code point that Unicode keeps out of texts."""
 _BROKEN = "\ufffd"
 """What decoders put for bytes that are not (yet) a character."""
 _CONTEXT = 4
@@ -43,14 +46,57 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return _ids(tokenizer, text, bos=True)
 
 
+def encode_more(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text that stands behind other tokens: no BOS, and no space that begins a text."""
+    # A tokenizer of SentencePiece's kind puts a space before a text. Here it is put before a line feed, if that keeps
+    # its own tokens; where it does not, the tokenizer merges bytes, and has no such space.
+    before, both = _ids(tokenizer, "\n", bos=False), _ids(tokenizer, f"\n{text}", bos=False)
+    return both[len(before) :] if both[: len(before)] == before else _ids(tokenizer, text, bos=False)
+
+
+def encode_answer(
+    tokenizer: Any,
+    how: Rendering,
+    asked: Sequence[Message],
+    tools: Sequence[Any] | None,
+    answer: Sequence[Message],
+    last: int | None,
+) -> list[int]:
+    """Return the tokens from the end of a reply up to where the next one begins, as the chat template has them.
+
+    The template renders the messages ``asked``, a mark in the reply's place, and the messages ``answer``; what stands
+    behind the mark is taken. So the reply's own tokens never become text, and are never tokenised anew. ``last`` is the
+    last of them: where that is the end token, it is not said twice. Raises ``schemas.RowError`` where the template
+    refuses the messages.
+    """
+    reply = {"role": "assistant", "content": _MARK}
+    conversation = Conversation((*map(dict, asked), reply, *map(dict, answer)), None if tools is None else tuple(tools))
+    rendered = chat.to_prompt(tokenizer, conversation, how).text
+    if rendered.count(_MARK) != 1:
+        raise RowError("", f"the chat template prints a reply {rendered.count(_MARK)} times where messages follow it.")
+    ids = encode_more(tokenizer, rendered.partition(_MARK)[2])
+    end = ids.index(last) if last in ids else None
+    return ids if end is None or tokenizer.decode(ids[:end]).strip() else ids[end + 1 :]
+
+
 def decode(tokenizer: Any, completion: Completion, stop: Sequence[str], after: Sequence[int] = ()) -> str:
     """Return the text of a completion: no end token, no special token, cut before the text in ``stop`` that ended it.
 
     ``after`` is the prompt where the text goes on from it, as in ``TextStream``.
     """
-    ends = {completion.stopped_by} if isinstance(completion.stopped_by, int) else ()
-    stream = TextStream(tokenizer, stop, ends, after)
-    return stream.push(completion.tokens_T.tolist()) + stream.close()
+    return decode_tokens(tokenizer, completion.tokens_T.tolist(), completion.stopped_by, stop, after)
+
+
+def decode_tokens(
+    tokenizer: Any,
+    ids: Sequence[int],
+    stopped_by: int | str | None = None,
+    stop: Sequence[str] = (),
+    after: Sequence[int] = (),
+) -> str:
+    """Return the text of tokens as ``decode`` does: if ``stopped_by`` is a token, it is the last one."""
+    stream = TextStream(tokenizer, stop, after=after)
+    return stream.push(ids[:-1] if isinstance(stopped_by, int) else ids) + stream.close()
 
 
 class TextStream:

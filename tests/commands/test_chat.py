@@ -68,7 +68,7 @@ class Scripted:
         return [piece] if self._left else [piece, self._completion(ended)]
 
     def _completion(self, finish) -> Completion:
-        return Completion(len(self.asked), 0, np.array(self._said, np.int32), *(np.zeros(len(self._said)),) * 2, finish)
+        return Completion(len(self.asked), 0, np.array(self._said, np.int32), *(np.zeros(len(self._said)),) * 3, finish)
 
 
 def voice(engine, name: str = "tiny", **generation) -> Voice:

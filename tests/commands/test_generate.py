@@ -160,7 +160,7 @@ def test_files_of_prompts(tmp_path, name, content, expected):
         ("a.jsonl", '{"prompt": ""}', ["a.jsonl, line 1", "empty prompt"]),
         ("a.jsonl", '{"prompt": 3}', ["a.jsonl, line 1", "`prompt`", "3 (int)"]),
         ("a.jsonl", '{"messages": [{"role": "robot", "content": ""}]}', ["line 1", "unknown role 'robot'"]),
-        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', ["line 1", "nothing but replies"]),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', ["line 1", "nothing comes before"]),
         ("a.jsonl", '{"prompt": "\\ud83e"}', ["line 1", "half of a character"]),
         ("a.md", "one", ["cannot read `.md` files", ".txt"]),
         (None, "", ["nowhere.txt: no such file", "prompts_path"]),
@@ -217,7 +217,7 @@ def test_completions_are_put_in_order_as_soon_as_they_can():
     def finished():
         for request, sample in order:
             taken.append((request, sample))
-            yield Completion(request, sample, *(np.zeros(0),) * 3, "stop")
+            yield Completion(request, sample, *(np.zeros(0),) * 4, "stop")
 
     seen = [(each.request, each.sample, len(taken)) for each in generate.in_order(finished(), samples=2)]
     assert seen == [(0, 0, 3), (0, 1, 3), (1, 0, 4), (1, 1, 6), (2, 0, 6), (2, 1, 6)]

@@ -34,7 +34,8 @@ ASK = {"model": "tiny", "prompt": "a"}
 
 def sampled(kind: Any, number: int, sample: int, ids: Sequence[int], *more: Any) -> Any:
     zeros_T = np.zeros(len(ids), np.float32)
-    return kind(number, sample, np.asarray(ids, np.int32), zeros_T, zeros_T, *more)
+    versions = [np.zeros(len(ids), np.int32)] if kind is Completion else []
+    return kind(number, sample, np.asarray(ids, np.int32), zeros_T, zeros_T, *versions, *more)
 
 
 class Scripted:

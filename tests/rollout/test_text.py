@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import time
 
 import numpy as np
 import pytest
 import templates
-from folders import smollm2
-from tokenizers import decoders
-from toy import byte_level, metaspace, wrap
+from kinds import NAMES, tokenizer
+from toy import byte_level, wrap
 
 import tiny
-from luthier.checkpoint import gguf_tokenizer
 from luthier.data.chat import Rendering
 from luthier.data.schemas import RowError
 from luthier.errors import UserError
@@ -30,29 +27,6 @@ TEXTS = (
 TURNS = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "hello  world 🦊"})
 
 
-def llama_like():
-    """SentencePiece's way: a space before every text, dropped again by the decoder; bytes for what is unknown."""
-    backend = metaspace()
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    return wrap(backend)
-
-
-@functools.cache
-def tokenizer(name: str):
-    makers = {
-        "byte-level": lambda: wrap(byte_level()),
-        "bytes": tiny.tokenizer,
-        "byte fallback": lambda: wrap(metaspace()),
-        "llama-like": llama_like,
-        "smollm2": lambda: gguf_tokenizer.build(smollm2()),
-    }
-    return makers[name]()
-
-
-NAMES = pytest.mark.parametrize("name", ["byte-level", "bytes", "byte fallback", "llama-like", "smollm2"])
-
-
 def whole(tokenizer, ids) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -67,7 +41,7 @@ def completion(ids, stopped_by=None) -> Completion:
     tokens_T = np.array(ids, np.int32)
     logp_T = np.zeros(len(ids), np.float32)
     finish = "length" if stopped_by is None else "stop"
-    return Completion(0, 0, tokens_T, logp_T, logp_T, finish, stopped_by)
+    return Completion(0, 0, tokens_T, logp_T, logp_T, np.zeros_like(tokens_T), finish, stopped_by)
 
 
 @NAMES

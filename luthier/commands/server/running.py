@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from luthier.commands.server import app
 from luthier.commands.server.job import Served
-from luthier.commands.server.worker import SteppedEngine, Worker
+from luthier.commands.server.worker import Worker
+from luthier.rollout.engine import SteppedEngine
 
 SLACK = 5
 """Seconds, after what runs was told to end, in which connections close and the engine finishes its step."""

@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -22,35 +22,10 @@ from luthier import mesh as mesh_lib
 from luthier.commands.server.job import Job
 from luthier.commands.server.refusal import Refusal
 from luthier.errors import UserError
-from luthier.rollout.engine import Completion, Piece, Request
+from luthier.rollout.engine import Completion, Piece, SteppedEngine
 
 RETRY_AFTER = 1
 """Seconds after which a client may knock again at a full queue."""
-
-
-class SteppedEngine(Protocol):
-    """What the thread drives: ``rollout.local.LocalEngine``."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step has anything to do."""
-        ...
-
-    def check(self, request: Request) -> None:
-        """Raise UserError for a request that cannot be served."""
-        ...
-
-    def submit(self, request: Request) -> int:
-        """Take a request and return its number."""
-        ...
-
-    def step(self) -> Sequence[Piece | Completion]:
-        """Go on for a while and return what came of it, pieces before completions."""
-        ...
-
-    def cancel(self, number: int) -> None:
-        """End what is unfinished of a request; it comes out of a step as cancelled."""
-        ...
 
 
 class Item(NamedTuple):
