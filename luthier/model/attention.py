@@ -21,6 +21,7 @@ from luthier.errors import UserError
 from luthier.model.attention_blockwise import blockwise
 from luthier.model.attention_cached import cached
 from luthier.model.cache import LayerPast
+from luthier.model.segments import Prefixed, Segments, related
 
 Kernel = Callable[..., jax.Array]
 
@@ -29,7 +30,7 @@ def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    segments_BT: jax.Array | None,
+    segments: Segments,
     *,
     implementation: str = "auto",
     scale: float | None = None,
@@ -38,21 +39,27 @@ def attention(
 ) -> jax.Array:
     """Return ``[B, T, N, H]``: each token attends to the tokens of its segment up to itself, by their order in the row.
 
+    Where segments are ``Prefixed``, a token also attends to all of the segment that its own goes on from: a prompt
+    stands in a row once, and serves all its completions (arXiv 2506.05433).
+
     Queries may have more heads than keys and values (N a multiple of K; Ainslie et al., arXiv 2305.13245). Padding is
-    segment 0 and attends to padding. ``segments_BT`` None says that rows hold one segment each, padded on the right
+    segment 0 and attends to padding. ``segments`` None says that rows hold one segment each, padded on the right
     if at all, which saves the masks. ``window`` limits attention to that many tokens, the token itself included;
     ``scale`` multiplies scores (default ``H ** -0.5``). With a ``past``, rows go on from what is cached of them, and
     have no segments.
 
-    Raises UserError where ``implementation`` ("auto", "blockwise", "cudnn" or "splash") cannot run here.
+    Raises UserError where ``implementation`` ("auto", "blockwise", "cudnn" or "splash") cannot run here, ValueError for
+    prefixed segments where ``shares_prompts`` says no, or with a ``window``, since they are not next to their prefix.
     """
+    if isinstance(segments, Prefixed) and window is not None:
+        raise ValueError("attention: a window counts tokens by their order in the row, which prefixes are out of")
     scale = float(q_BTNH.shape[-1] ** -0.5) if scale is None else scale
     if past is not None:
         with jax.named_scope("attention_cached"):
             return cached(q_BTNH, k_BSKH, v_BSKH, past, scale=scale, window=window)
     kernel = functools.partial(choose(implementation, q_BTNH.dtype, q_BTNH.shape[-1]), scale=scale, window=window)
     with jax.named_scope("attention_kernel"):
-        return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments)
 
 
 def choose(implementation: str, dtype: Any, head_dim: int) -> Kernel:
@@ -60,12 +67,8 @@ def choose(implementation: str, dtype: Any, head_dim: int) -> Kernel:
 
     Raises UserError where it cannot run.
     """
-    platform = mesh_lib.platform()
-    cudnn_fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
-    if implementation == "auto":
-        best = {"gpu": "cudnn" if cudnn_fits else "blockwise", "tpu": "splash"}
-        implementation = best.get(platform, "blockwise")
-    if implementation == "cudnn" and (platform != "gpu" or not cudnn_fits):
+    platform, implementation = mesh_lib.platform(), _named(implementation, dtype, head_dim)
+    if implementation == "cudnn" and (platform != "gpu" or not _cudnn_fits(dtype, head_dim)):
         raise UserError(
             f"attention=cudnn: needs an NVIDIA GPU, bfloat16 and a head size of at most 128, a multiple of 8; "
             f"here are a {platform}, {jnp.dtype(dtype).name} and {head_dim}. Use attention=auto."
@@ -79,22 +82,27 @@ def choose(implementation: str, dtype: Any, head_dim: int) -> Kernel:
     return {"blockwise": blockwise, "cudnn": cudnn}[implementation]
 
 
+def shares_prompts(implementation: str, dtype: Any, head_dim: int) -> bool:
+    """Say whether the kernel that ``implementation`` means here takes ``Prefixed`` segments."""
+    return _named(implementation, dtype, head_dim) != "splash"
+
+
 def cudnn(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    segments_BT: jax.Array | None,
+    segments: Segments,
     *,
     scale: float,
     window: int | None,
 ) -> jax.Array:
     """Return attention by cuDNN's fused kernel; packed rows take a mask ``[B, 1, T, T]``, scores are never whole."""
     length = q_BTNH.shape[1]
-    if length % 2 and segments_BT is not None:  # cuDNN takes masks of even size alone
+    if length % 2 and segments is not None:  # cuDNN takes masks of even size alone
         pad = ((0, 0), (0, 1))
         q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, (*pad, (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
-        segments_BT = jnp.pad(segments_BT, pad)
-    mask = None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+        segments = jax.tree.map(lambda ids_BT: jnp.pad(ids_BT, pad), segments)
+    mask = None if segments is None else related(segments, segments)[:, None]
     o_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
@@ -108,13 +116,25 @@ def cudnn(
     return o_BTNH[:, :length]
 
 
+def _named(implementation: str, dtype: Any, head_dim: int) -> str:
+    """Return the kernel's name, where "auto" asks for the platform's best."""
+    if implementation != "auto":
+        return implementation
+    best = {"gpu": "cudnn" if _cudnn_fits(dtype, head_dim) else "blockwise", "tpu": "splash"}
+    return best.get(mesh_lib.platform(), "blockwise")
+
+
+def _cudnn_fits(dtype: Any, head_dim: int) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+
+
 def _over_mesh(
-    kernel: Kernel, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+    kernel: Kernel, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments: Segments
 ) -> jax.Array:
     """Run ``kernel`` on each device's rows and heads; both are independent, so no device needs another's."""
     mesh = mesh_lib.current()
     if mesh is None or mesh.size == 1:
-        return kernel(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        return kernel(q_BTNH, k_BSKH, v_BSKH, segments)
     batch = mesh_lib.BATCH_AXES if q_BTNH.shape[0] % mesh_lib.batch_shards(mesh) == 0 else None
     heads = None
     if q_BTNH.shape[2] % mesh.shape["tensor"] == 0:
@@ -126,5 +146,5 @@ def _over_mesh(
     spec = P(batch, None, heads, None)
     # Each row and head is computed whole on one device: there is no replication for check_vma to verify.
     return jax.shard_map(kernel, mesh=mesh, in_specs=(spec, spec, spec, P(batch)), out_specs=spec, check_vma=False)(
-        q_BTNH, k_BSKH, v_BSKH, segments_BT
+        q_BTNH, k_BSKH, v_BSKH, segments
     )

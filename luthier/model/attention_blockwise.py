@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from luthier.model.cpu import fence, transposed
+from luthier.model.segments import Segments, related
 
 MAX_BLOCK = 128  # tokens
 MAX_SPANS = 8
@@ -34,7 +35,7 @@ def blockwise(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    segments_BT: jax.Array | None,
+    segments: Segments,
     *,
     scale: float,
     window: int | None,
@@ -42,7 +43,7 @@ def blockwise(
     """Return causal attention within segments, ``[B, T, N, H]``; arguments as in ``attention``."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    plan, *arrays = _laid_out(q_BTNH, k_BSKH, v_BSKH, segments_BT, scale, window)
+    plan, *arrays = _laid_out(q_BTNH, k_BSKH, v_BSKH, segments, scale, window)
     o_BKRH = _differentiable_attend(plan, *arrays)
     o_BTNH = o_BKRH.reshape(B, K, -1, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, -1, N, H)
     return o_BTNH[:, :T]
@@ -62,7 +63,7 @@ def outputs(
 
 
 def _laid_out(
-    q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segments_BT: Any, scale: float, window: int | None
+    q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segments: Any, scale: float, window: int | None
 ) -> tuple[_Plan, jax.Array, jax.Array, jax.Array, Any]:
     """Return (plan, ``q_BKRH``, ``k_BKSH``, ``v_BKSH``, segments), padded to whole blocks."""
     B, T, N, H = q_BTNH.shape
@@ -72,9 +73,9 @@ def _laid_out(
     pad = plan.length - T
     if pad:  # at the end, where no real token sees it
         q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
-        segments_BT = None if segments_BT is None else jnp.pad(segments_BT, ((0, 0), (0, pad)))
+        segments = jax.tree.map(lambda ids_BT: jnp.pad(ids_BT, ((0, 0), (0, pad))), segments)
     q_BKRH = q_BTNH.reshape(B, -1, K, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
-    return plan, q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments_BT
+    return plan, q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,19 @@ class _Plan:
         reach = self.length if self.window is None else self.window
         return min(self.length, -(-(end_key + reach - 1) // self.block) * self.block)
 
-    def allowed(self, segments_BT: Any, query: Any, queries: int, key: Any, keys: int) -> jax.Array:
+    def allowed(self, segments: Any, query: Any, queries: int, key: Any, keys: int) -> jax.Array:
         """Return which keys each of ``queries`` tokens from ``query`` on sees: ``[B or 1, 1, queries * G, keys]``."""
         distance = (query + jnp.arange(queries * self.group) // self.group)[:, None] - (key + jnp.arange(keys))
         allowed = distance >= 0
         if self.window is not None:
             allowed &= distance < self.window
-        if segments_BT is None:
+        if segments is None:
             return allowed[None, None]
-        query_segments = jnp.repeat(_cut(segments_BT, query, queries, 1), self.group, axis=1)
-        return (allowed & (query_segments[:, :, None] == _cut(segments_BT, key, keys, 1)[:, None, :]))[:, None]
+        of_queries = jax.tree.map(
+            lambda ids_BT: jnp.repeat(_cut(ids_BT, query, queries, 1), self.group, axis=1), segments
+        )
+        of_keys = jax.tree.map(lambda ids_BT: _cut(ids_BT, key, keys, 1), segments)
+        return (allowed & related(of_queries, of_keys))[:, None]
 
 
 def _block(heads: int, length: int) -> int:
@@ -125,37 +129,37 @@ def _block(heads: int, length: int) -> int:
     return length if blocks == 1 else -(-length // (blocks * 16)) * 16
 
 
-def _attend(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: Any) -> jax.Array:
-    return _outputs(plan, q_BKRH, k_BKSH, v_BKSH, segments_BT)[0]
+def _attend(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments: Any) -> jax.Array:
+    return _outputs(plan, q_BKRH, k_BKSH, v_BKSH, segments)[0]
 
 
-def _attend_forward(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: Any) -> Any:
-    o_BKRH, lse_BKR = _outputs(plan, q_BKRH, k_BKSH, v_BKSH, segments_BT)
+def _attend_forward(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments: Any) -> Any:
+    o_BKRH, lse_BKR = _outputs(plan, q_BKRH, k_BKSH, v_BKSH, segments)
     # Named here, so that the "dots" policy of `layers.remat` keeps just what the gradient needs, in this layout.
     arrays = (q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR)
     q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR = (checkpoint_name(x, "attention") for x in arrays)
-    return o_BKRH, (q_BKRH, k_BKSH, v_BKSH, segments_BT, o_BKRH, lse_BKR)
+    return o_BKRH, (q_BKRH, k_BKSH, v_BKSH, segments, o_BKRH, lse_BKR)
 
 
-def _outputs(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: Any) -> Any:
+def _outputs(plan: _Plan, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments: Any) -> Any:
     """Return (outputs ``[B, K, R, H]``, log-sum-exp of the scores ``[B, K, R]``)."""
     spans = []
     for first, end in plan.spans():
         key = plan.first_key(first)
         k, v = k_BKSH[:, :, key:end], v_BKSH[:, :, key:end]
-        block = functools.partial(_query_block, plan, q_BKRH, k, v, segments_BT, key)
+        block = functools.partial(_query_block, plan, q_BKRH, k, v, segments, key)
         spans.append(_over_blocks(plan, first, end, None, block)[1])
     return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*spans, strict=True))
 
 
 def _query_block(
-    plan: _Plan, q_BKRH: Any, k_BKsH: Any, v_BKsH: Any, segments_BT: Any, key: int, _: None, start: Any
+    plan: _Plan, q_BKRH: Any, k_BKsH: Any, v_BKsH: Any, segments: Any, key: int, _: None, start: Any
 ) -> tuple[None, tuple[jax.Array, jax.Array]]:
     """Return output and log-sum-exp of the block of queries at token ``start``, over keys that begin at ``key``."""
     q = _cut(q_BKRH, start * plan.group, plan.block * plan.group, 2)
     # Tied to q, masks are made anew in each layer. Else they are moved out of the scan over layers, and all held.
-    q, segments_BT, forbidden = jax.lax.optimization_barrier((q, segments_BT, jnp.float32(FORBIDDEN)))
-    allowed = plan.allowed(segments_BT, start, plan.block, key, k_BKsH.shape[2])
+    q, segments, forbidden = jax.lax.optimization_barrier((q, segments, jnp.float32(FORBIDDEN)))
+    allowed = plan.allowed(segments, start, plan.block, key, k_BKsH.shape[2])
     scores = jnp.where(allowed, matmul(q, k_BKsH, transpose=True) * plan.scale, forbidden)
     top = scores.max(axis=-1, keepdims=True)
     p = fence(jnp.exp(scores - top).astype(q.dtype))
@@ -164,14 +168,14 @@ def _query_block(
 
 
 def _attend_backward(plan: _Plan, saved: Any, do_BKRH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BKRH, k_BKSH, v_BKSH, segments_BT, o_BKRH, lse_BKR = saved
+    q_BKRH, k_BKSH, v_BKSH, segments, o_BKRH, lse_BKR = saved
     delta_BKR = jnp.sum(do_BKRH.astype(jnp.float32) * o_BKRH.astype(jnp.float32), axis=-1)
     keys = (k_BKSH, transposed(k_BKSH), v_BKSH)
     dq_BKHR, spans = jnp.zeros(q_BKRH.mT.shape, jnp.float32), []
     for first, end in plan.spans():
         rows = slice(first * plan.group, plan.end_query(end) * plan.group)
         queries = tuple(x[:, :, rows] for x in (q_BKRH, do_BKRH, lse_BKR, delta_BKR))
-        block = functools.partial(_key_block, plan, queries, keys, segments_BT, first)
+        block = functools.partial(_key_block, plan, queries, keys, segments, first)
         dq, parts = _over_blocks(plan, first, end, jnp.zeros(queries[0].mT.shape, jnp.float32), block)
         dq_BKHR += jnp.pad(dq, ((0, 0), (0, 0), (0, 0), (rows.start, q_BKRH.shape[2] - rows.stop)))
         spans.append(parts)
@@ -180,7 +184,7 @@ def _attend_backward(plan: _Plan, saved: Any, do_BKRH: jax.Array) -> tuple[jax.A
 
 
 def _key_block(
-    plan: _Plan, queries: Any, keys: Any, segments_BT: Any, query: int, dq_BKHr: jax.Array, start: Any
+    plan: _Plan, queries: Any, keys: Any, segments: Any, query: int, dq_BKHr: jax.Array, start: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Add to ``dq`` and return (dk, dv) of the block of keys at token ``start``, over queries that begin at ``query``.
 
@@ -189,8 +193,8 @@ def _key_block(
     q, do, lse_BKr, delta_BKr = queries
     k, v = (_cut(x, start, plan.block, 2) for x in (keys[0], keys[2]))
     k_BKHb = _cut(keys[1], start, plan.block, 3)
-    k, segments_BT = jax.lax.optimization_barrier((k, segments_BT))  # as in `_query_block`
-    allowed = plan.allowed(segments_BT, query, q.shape[2] // plan.group, start, plan.block).mT
+    k, segments = jax.lax.optimization_barrier((k, segments))  # as in `_query_block`
+    allowed = plan.allowed(segments, query, q.shape[2] // plan.group, start, plan.block).mT
     scores = matmul(k, q, transpose=True) * plan.scale
     p = fence(jnp.where(allowed, jnp.exp(scores - lse_BKr[:, :, None]), 0).astype(q.dtype))
     dp = matmul(v, do, transpose=True)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from luthier.model.segments import Prefixed, Segments
+
 LANES = 128  # a TPU's vector width; blocks and head sizes are multiples of it
 MAX_BLOCK = 512
 
@@ -20,21 +22,26 @@ def splash(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    segments_BT: jax.Array | None,
+    segments: Segments,
     *,
     scale: float,
     window: int | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return causal attention within segments, ``[B, T, N, H]``; ``interpret`` runs the kernel without a TPU."""
+    """Return causal attention within segments, ``[B, T, N, H]``; ``interpret`` runs the kernel without a TPU.
+
+    Raises ValueError for prefixed segments, which the kernel has no mask for.
+    """
+    if isinstance(segments, Prefixed):
+        raise ValueError("splash: the kernel masks whole segments only; pack prompts without sharing them")
     _, T, N, H = q_BTNH.shape
     length = -(-T // LANES) * LANES
     heads = tuple(_padded(x, length, -(-H // LANES) * LANES) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
-    segments = None
-    if segments_BT is not None:
-        ids_BT = jnp.pad(segments_BT, ((0, 0), (0, length - T)))
-        segments = kernels.SegmentIds(q=ids_BT, kv=ids_BT)
-    o_BNTH: Any = jax.vmap(_kernel(N, length, window, interpret))(*heads, segments)
+    ids = None
+    if segments is not None:
+        ids_BT = jnp.pad(segments, ((0, 0), (0, length - T)))
+        ids = kernels.SegmentIds(q=ids_BT, kv=ids_BT)
+    o_BNTH: Any = jax.vmap(_kernel(N, length, window, interpret))(*heads, ids)
     return o_BNTH.swapaxes(1, 2)[:, :T, :, :H]
 
 

@@ -8,6 +8,8 @@ Two gradients. In general the backward pass computes each chunk's logits again: 
 in the log-probabilities (cross entropy is), the factor of each is known beforehand: given it, the forward pass forms
 the gradients while it holds the logits, three matmuls in all.
 
+Logits may be divided by a temperature, in fp32 and not in the hidden states, as a sampler does it.
+
 Left out on purpose: z-loss, label smoothing and soft-capped logits.
 """
 
@@ -27,59 +29,80 @@ LOGITS_LIMIT = {"cpu": 100 * 2**20, "gpu": 2**30, "tpu": 2**30}  # bytes of fp32
 
 
 class TokenScores(NamedTuple):
-    """``logp_BT`` fp32, the log-probability of each target; ``correct_BT`` bool, whether no token is likelier."""
+    """``logp_BT`` fp32, the log-probability of each target; ``correct_BT`` bool, whether no token is likelier.
+
+    ``entropy_BT`` fp32 is that of the whole distribution which the target is one outcome of, None where not asked for.
+    """
 
     logp_BT: jax.Array
     correct_BT: jax.Array
+    entropy_BT: jax.Array | None = None
 
 
 def token_logp(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, cotangent_BT: jax.Array | None = None
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    cotangent_BT: jax.Array | None = None,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
 ) -> TokenScores:
-    """Return the scores of ``targets_BT`` under ``softmax(hidden @ head.T)``.
+    """Return the scores of ``targets_BT`` under ``softmax(hidden @ head.T / temperature)``.
 
     ``hidden_BTD[b, t]`` predicts ``targets_BT[b, t]``: the caller shifts. The head is cast to the type of
-    ``hidden_BTD`` for its matmuls; its gradient has its own type and is summed in fp32.
+    ``hidden_BTD`` for its matmuls; its gradient has its own type and is summed in fp32. With ``entropy``, that of each
+    distribution is given too, and has its exact gradient.
 
     ``cotangent_BT`` announces the derivative of the loss by ``logp_BT``, up to one factor for all tokens, and makes
-    the gradient a quarter cheaper. A loss whose derivative is not as announced gets NaN gradients.
+    the gradient a quarter cheaper. A loss whose derivative is not as announced gets NaN gradients. Raises ValueError
+    where it comes with ``entropy``, of which nothing is announced.
     """
+    how = _How(temperature, entropy)
     with jax.named_scope("token_logp"):
         if cotangent_BT is None:
-            return TokenScores(*_scores(hidden_BTD, head_VD, targets_BT))
-        return TokenScores(*_linear_scores(hidden_BTD, head_VD, targets_BT, jax.lax.stop_gradient(cotangent_BT)))
+            return _scores(how, hidden_BTD, head_VD, targets_BT)
+        if entropy:
+            raise ValueError("token_logp: an announced gradient is that of log-probs alone, not of an entropy")
+        cotangent_BT = jax.lax.stop_gradient(cotangent_BT)
+        return TokenScores(*_linear_scores(how, hidden_BTD, head_VD, targets_BT, cotangent_BT))
 
 
-@jax.custom_vjp
-def _scores(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _over_mesh(_local_scores, hidden_BTD, head_VD, targets_BT)[:2]
+class _How(NamedTuple):
+    """What is computed of the logits, and what they are divided by first."""
+
+    temperature: float
+    entropy: bool
 
 
-def _scores_forward(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> Any:
-    logp_BT, correct_BT, lse_BT = _over_mesh(_local_scores, hidden_BTD, head_VD, targets_BT)
-    return (logp_BT, correct_BT), (hidden_BTD, head_VD, targets_BT, lse_BT)
+def _plain_scores(how: _How, hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> TokenScores:
+    return _over_mesh(_local_scores, how, hidden_BTD, head_VD, targets_BT)[0]
 
 
-def _scores_backward(saved: Any, cotangents: Any) -> Any:
-    hidden_BTD, head_VD, targets_BT, lse_BT = saved
-    gradients = _over_mesh(_local_gradients, hidden_BTD, head_VD, targets_BT, lse_BT, cotangents[0])
-    return *gradients, None
+def _scores_forward(how: _How, hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> Any:
+    scores, lse_BT = _over_mesh(_local_scores, how, hidden_BTD, head_VD, targets_BT)
+    return scores, (hidden_BTD, head_VD, targets_BT, lse_BT, scores.entropy_BT)
 
 
+def _scores_backward(how: _How, saved: Any, cotangents: TokenScores) -> Any:
+    arrays = (*saved, cotangents.logp_BT, cotangents.entropy_BT)
+    return *_over_mesh(_local_gradients, how, *arrays), None
+
+
+_scores = jax.custom_vjp(_plain_scores, nondiff_argnums=(0,))
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
-@jax.custom_vjp
-def _linear_scores(hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> tuple[jax.Array, jax.Array]:
-    return _scores(hidden_BTD, head_VD, targets_BT)
+def _announced_scores(how: _How, hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> Any:
+    return _plain_scores(how, hidden_BTD, head_VD, targets_BT)[:2]
 
 
-def _linear_scores_forward(hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> Any:
-    *scores, dhidden_BTD, dhead_VD = _over_mesh(_local_linear, hidden_BTD, head_VD, targets_BT, cotangent_BT)
+def _linear_scores_forward(how: _How, hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> Any:
+    *scores, dhidden_BTD, dhead_VD = _over_mesh(_local_linear, how, hidden_BTD, head_VD, targets_BT, cotangent_BT)
     return tuple(scores), (dhidden_BTD, dhead_VD, cotangent_BT)
 
 
-def _linear_scores_backward(saved: Any, cotangents: Any) -> Any:
+def _linear_scores_backward(_: _How, saved: Any, cotangents: Any) -> Any:
     dhidden_BTD, dhead_VD, announced_BT = saved
     actual_BT = cotangents[0]
     square = jnp.sum(announced_BT * announced_BT)
@@ -89,6 +112,7 @@ def _linear_scores_backward(saved: Any, cotangents: Any) -> Any:
     return (dhidden_BTD * factor).astype(dhidden_BTD.dtype), (dhead_VD * factor).astype(dhead_VD.dtype), None, None
 
 
+_linear_scores = jax.custom_vjp(_announced_scores, nondiff_argnums=(0,))
 _linear_scores.defvjp(_linear_scores_forward, _linear_scores_backward)
 
 
@@ -99,24 +123,24 @@ class _Axes(NamedTuple):
     vocab: tuple[str, ...] = ()
 
 
-def _over_mesh(local: Any, hidden_BTD: jax.Array, head_VD: jax.Array, *arrays_BT: jax.Array) -> Any:
-    """Run ``local(axes, ...)`` on each device's rows and part of the vocabulary.
+def _over_mesh(local: Any, how: _How, hidden_BTD: jax.Array, head_VD: jax.Array, *arrays_BT: Any) -> Any:
+    """Run ``local(axes, how, ...)`` on each device's rows and part of the vocabulary.
 
     The gradient of the head is then summed over a device's chunks first and over devices once, at the end.
     """
     mesh = mesh_lib.current()
     if mesh is None or mesh.size == 1:
-        return local(_Axes(), hidden_BTD, head_VD, *arrays_BT)
+        return local(_Axes(), how, hidden_BTD, head_VD, *arrays_BT)
     batch = mesh_lib.BATCH_AXES if hidden_BTD.shape[0] % mesh_lib.batch_shards(mesh) == 0 else ()
     vocab = ("tensor",) if head_VD.shape[0] % mesh.shape["tensor"] == 0 else ()
     by_row, by_token = P(batch or None), P(vocab or None)
     outputs = {
-        _local_scores: (by_row, by_row, by_row),
+        _local_scores: by_row,
         _local_gradients: (by_row, by_token),
         _local_linear: (by_row, by_row, by_row, by_token),
     }[local]
     return jax.shard_map(
-        functools.partial(local, _Axes(batch, vocab)),
+        functools.partial(local, _Axes(batch, vocab), how),
         mesh=mesh,
         in_specs=(by_row, by_token, *[by_row] * len(arrays_BT)),
         out_specs=outputs,
@@ -124,45 +148,54 @@ def _over_mesh(local: Any, hidden_BTD: jax.Array, head_VD: jax.Array, *arrays_BT
     )(hidden_BTD, head_VD, *arrays_BT)
 
 
-def _local_scores(axes: _Axes, hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> Any:
-    """Return (log-probs, correct, log-sum-exp), each ``[B, T]``."""
+def _local_scores(axes: _Axes, how: _How, hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> Any:
+    """Return (scores, log-sum-exp), of ``[B, T]`` each."""
     head = head_VD.astype(hidden_BTD.dtype)
 
     def chunk(_: None, arrays: Any) -> Any:
         hidden_MD, targets_M = arrays
-        return None, _score(axes, _logits(head, hidden_MD), targets_M)
+        return None, _score(axes, how, _logits(how, head, hidden_MD), targets_M)
 
     return _over_chunks(chunk, None, head_VD.shape[0], hidden_BTD, targets_BT)[1]
 
 
 def _local_gradients(
-    axes: _Axes, hidden_BTD: Any, head_VD: Any, targets_BT: Any, lse_BT: Any, cotangent_BT: Any
+    axes: _Axes,
+    how: _How,
+    hidden_BTD: Any,
+    head_VD: Any,
+    targets_BT: Any,
+    lse_BT: Any,
+    entropy_BT: Any,
+    dlogp_BT: Any,
+    dentropy_BT: Any,
 ) -> Any:
     """Return the gradients of (hidden, head), with the logits computed again."""
     head = head_VD.astype(hidden_BTD.dtype)
     head_DV = transposed(head)
 
     def chunk(dhead_VD: jax.Array, arrays: Any) -> Any:
-        hidden_MD, targets_M, lse_M, cotangent_M = arrays
-        logits_VM = _logits(head, hidden_MD)
-        return _gradients(axes, dhead_VD, head_DV, hidden_MD, targets_M, cotangent_M, logits_VM, lse_M)
+        hidden_MD, targets_M, *rest = arrays
+        dlogits_VM = _logits_gradient(axes, how, _logits(how, head, hidden_MD), targets_M, *rest)
+        return _gradients(axes, dhead_VD, head_DV, hidden_MD, dlogits_VM)
 
     start = jnp.zeros(head_VD.shape, jnp.float32)
-    arrays = (hidden_BTD, targets_BT, lse_BT, cotangent_BT)
+    arrays = (hidden_BTD, targets_BT, lse_BT, dlogp_BT, entropy_BT, dentropy_BT)
     dhead_VD, dhidden_BTD = _over_chunks(chunk, start, head_VD.shape[0], *arrays)
     return dhidden_BTD, _sum_over(axes.batch, dhead_VD).astype(head_VD.dtype)
 
 
-def _local_linear(axes: _Axes, hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> Any:
+def _local_linear(axes: _Axes, how: _How, hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> Any:
     """Return (log-probs, correct, gradient of hidden, gradient of head) in one pass over the logits."""
     head = head_VD.astype(hidden_BTD.dtype)
     head_DV = transposed(head)
 
     def chunk(dhead_VD: jax.Array, arrays: Any) -> Any:
         hidden_MD, targets_M, cotangent_M = arrays
-        logits_VM = _logits(head, hidden_MD)
-        logp_M, correct_M, lse_M = _score(axes, logits_VM, targets_M)
-        dhead_VD, dhidden_MD = _gradients(axes, dhead_VD, head_DV, hidden_MD, targets_M, cotangent_M, logits_VM, lse_M)
+        logits_VM = _logits(how, head, hidden_MD)
+        (logp_M, correct_M, _), lse_M = _score(axes, how, logits_VM, targets_M)
+        dlogits_VM = _logits_gradient(axes, how, logits_VM, targets_M, lse_M, cotangent_M)
+        dhead_VD, dhidden_MD = _gradients(axes, dhead_VD, head_DV, hidden_MD, dlogits_VM)
         return dhead_VD, (logp_M, correct_M, dhidden_MD)
 
     start = jnp.zeros(head_VD.shape, jnp.float32)
@@ -171,37 +204,58 @@ def _local_linear(axes: _Axes, hidden_BTD: Any, head_VD: Any, targets_BT: Any, c
     return logp_BT, correct_BT, dhidden_BTD, _sum_over(axes.batch, dhead_VD).astype(head_VD.dtype)
 
 
-def _logits(head: jax.Array, hidden_MD: jax.Array) -> jax.Array:
-    """Return fp32 logits ``[V, M]``."""
-    return jax.lax.dot_general(head, hidden_MD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _logits(how: _How, head: jax.Array, hidden_MD: jax.Array) -> jax.Array:
+    """Return fp32 logits ``[V, M]``, over the temperature."""
+    logits_VM = jax.lax.dot_general(head, hidden_MD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return logits_VM if how.temperature == 1 else logits_VM / how.temperature
 
 
-def _score(axes: _Axes, logits_VM: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (log-probs, correct, log-sum-exp) of a chunk, each ``[M]``."""
+def _score(axes: _Axes, how: _How, logits_VM: jax.Array, targets_M: jax.Array) -> tuple[TokenScores, jax.Array]:
+    """Return (scores, log-sum-exp) of a chunk, of ``[M]`` each."""
     top_M = logits_VM.max(axis=0)
     top_M = jax.lax.pmax(top_M, axes.vocab) if axes.vocab else top_M
-    lse_M = top_M + jnp.log(_sum_over(axes.vocab, jnp.exp(logits_VM - top_M).sum(axis=0)))
+    total_M = _sum_over(axes.vocab, jnp.exp(logits_VM - top_M).sum(axis=0))
+    lse_M = top_M + jnp.log(total_M)
     rows_M = targets_M - _first_token(axes, logits_VM)
     here_M = (rows_M >= 0) & (rows_M < logits_VM.shape[0])
     found_M = jnp.take_along_axis(logits_VM, jnp.where(here_M, rows_M, 0)[None], axis=0)[0]
     target_M = _sum_over(axes.vocab, jnp.where(here_M, found_M, 0))
-    return target_M - lse_M, target_M >= top_M, lse_M
+    entropy_M = None
+    if how.entropy:  # log(total) - E[logit - top], which stays exact where the logits are large
+        below_VM = logits_VM - fence(top_M)  # or XLA would hold it for both sums
+        entropy_M = jnp.log(total_M) - _sum_over(axes.vocab, (jnp.exp(below_VM) * below_VM).sum(axis=0)) / total_M
+    return TokenScores(target_M - lse_M, target_M >= top_M, entropy_M), lse_M
+
+
+def _logits_gradient(
+    axes: _Axes,
+    how: _How,
+    logits_VM: jax.Array,
+    targets_M: jax.Array,
+    lse_M: jax.Array,
+    dlogp_M: jax.Array,
+    entropy_M: jax.Array | None = None,
+    dentropy_M: jax.Array | None = None,
+) -> jax.Array:
+    """Return the gradient ``[V, M]`` of a chunk's logits, as they are before they are divided by the temperature.
+
+    By logit v, that of a log-prob is ``[v is the target] - p_v`` and that of the entropy H is ``-p_v (log p_v + H)``.
+    """
+    if how.temperature != 1:
+        dlogp_M = dlogp_M / how.temperature
+    tokens_V = _first_token(axes, logits_VM) + jnp.arange(logits_VM.shape[0])
+    hit_VM = (tokens_V[:, None] == targets_M).astype(jnp.float32)
+    if entropy_M is None or dentropy_M is None:
+        return (hit_VM - jnp.exp(logits_VM - lse_M)) * dlogp_M
+    logp_VM, dentropy_M = logits_VM - lse_M, dentropy_M / how.temperature
+    return hit_VM * dlogp_M - jnp.exp(logp_VM) * (dlogp_M + (logp_VM + entropy_M) * dentropy_M)
 
 
 def _gradients(
-    axes: _Axes,
-    dhead_VD: jax.Array,
-    head_DV: jax.Array,
-    hidden_MD: jax.Array,
-    targets_M: jax.Array,
-    cotangent_M: jax.Array,
-    logits_VM: jax.Array,
-    lse_M: jax.Array,
+    axes: _Axes, dhead_VD: jax.Array, head_DV: jax.Array, hidden_MD: jax.Array, dlogits_VM: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the head's gradient with this chunk's added, and the chunk's gradient of hidden ``[M, D]``."""
-    tokens_V = _first_token(axes, logits_VM) + jnp.arange(logits_VM.shape[0])
-    hit_VM = (tokens_V[:, None] == targets_M).astype(jnp.float32)
-    dlogits_VM = fence(((hit_VM - jnp.exp(logits_VM - lse_M)) * cotangent_M).astype(hidden_MD.dtype))
+    dlogits_VM = fence(dlogits_VM.astype(hidden_MD.dtype))
     dhead_VD = dhead_VD + jax.lax.dot(dlogits_VM, hidden_MD, preferred_element_type=jnp.float32)
     dhidden_DM = fence(jax.lax.dot(head_DV, dlogits_VM, preferred_element_type=jnp.float32))
     return dhead_VD, _sum_over(axes.vocab, dhidden_DM).T.astype(hidden_MD.dtype)
@@ -215,7 +269,7 @@ def _sum_over(names: tuple[str, ...], x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, names) if names else x
 
 
-def _over_chunks(step: Any, carry: Any, vocab: int, *arrays: jax.Array) -> tuple[Any, Any]:
+def _over_chunks(step: Any, carry: Any, vocab: int, *arrays: Any) -> tuple[Any, Any]:
     """Scan ``step(carry, chunks of arrays)`` along time; ``[B, T, ...]`` reaches it as ``[M, ...]``, M = B * time."""
     B, T = arrays[0].shape[:2]
     count = _chunk_count(B, T, vocab)
@@ -228,7 +282,7 @@ def _over_chunks(step: Any, carry: Any, vocab: int, *arrays: jax.Array) -> tuple
     def join(x: jax.Array) -> jax.Array:
         return x.reshape(count, B, size, *x.shape[2:]).swapaxes(0, 1).reshape(B, count * size, *x.shape[2:])[:, :T]
 
-    carry, outputs = jax.lax.scan(step, carry, tuple(split(x) for x in arrays))
+    carry, outputs = jax.lax.scan(step, carry, jax.tree.map(split, arrays))
     return carry, jax.tree.map(join, outputs)
 
 

@@ -18,7 +18,8 @@ from luthier.model.compute import Compute
 from luthier.model.cross_entropy import TokenScores, token_logp
 from luthier.model.dense import dense
 from luthier.model.param import Tree
-from luthier.types import Batch
+from luthier.model.segments import Prefixed
+from luthier.types import Batch, PolicyBatch
 
 
 @dataclass(frozen=True)
@@ -87,4 +88,27 @@ class Model:
             cotangent_BT = jnp.roll(cotangent_BT.at[:, 0].set(0.0), -1, axis=1)
         with jax.named_scope("cross_entropy"):
             ahead = token_logp(hidden_BTD, self.family.head(params), targets_BT, cotangent_BT)
-        return TokenScores(*(jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))) for score_BT in ahead))
+        return jax.tree.map(lambda score_BT: jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))), ahead)
+
+    def score_tokens(
+        self, params: Tree, batch: PolicyBatch, compute: Compute, *, temperature: float = 1.0, entropy: bool = False
+    ) -> TokenScores:
+        """Return the scores ``[B * S, C]`` of the trained tokens of each completion, 0 where there is none.
+
+        Only their states reach the head. Log-probs, and entropies where asked for, are at ``temperature``. Raises
+        ValueError where prompts are shared and ``compute.attention`` means a kernel that cannot (``shares_prompts``).
+        """
+        segments = batch.segments_BT if batch.prefixes_BT is None else Prefixed(batch.segments_BT, batch.prefixes_BT)
+        arrays = (batch.tokens_BT, batch.positions_BT, segments)
+        hidden_BTD = self.family.forward(params, self.config, *arrays, compute)[0]
+        with jax.named_scope("cross_entropy"):
+            hidden_BMD = jnp.take_along_axis(hidden_BTD, batch.sources_BM[..., None], axis=1)
+            head = self.family.head(params)
+            scores = token_logp(hidden_BMD, head, batch.targets_BM, temperature=temperature, entropy=entropy)
+            mask_BT = batch.rollouts.mask_BT
+
+            def laid_out(score_BM: jax.Array) -> jax.Array:
+                found = jnp.take_along_axis(score_BM, batch.places_BSC.reshape(len(score_BM), -1), axis=1)
+                return jnp.where(mask_BT, found.reshape(mask_BT.shape), jnp.zeros((), found.dtype))
+
+            return jax.tree.map(laid_out, scores)

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable
 import jax
 
 from luthier.model.param import Tree
-from luthier.train.step import Totals
-from luthier.types import Batch
+from luthier.types import Batch, Loss
 
 
 def evaluate(
-    program: Callable[[Tree, Batch], Totals], params: Tree, batches: Iterable[Batch], limit: int = -1
+    program: Callable[[Tree, Batch], Loss], params: Tree, batches: Iterable[Batch], limit: int = -1
 ) -> dict[str, float]:
     """Return mean loss and accuracy per trained token over ``batches`` (the first ``limit`` of them, if not -1)."""
     chosen = itertools.islice(batches, None if limit == -1 else limit)
     totals = [program(params, batch) for batch in chosen]
     summed = jax.device_get(jax.tree.map(lambda *values: sum(float(value) for value in values), *totals))
-    return {"loss": summed.loss / summed.weight, "mean_token_accuracy": summed.correct / summed.weight}
+    return {"loss": summed.sum / summed.weight} | {
+        name: total / weight for name, (total, weight) in summed.metrics.items()
+    }

@@ -1,14 +1,17 @@
-"""The train step and the evaluation step: one compiled program each.
+"""What a step is made of, the same for every method, and the supervised train step and evaluation step.
 
-Gradients are of the *sum* over trained tokens; sums and weights are added over micro-batches, and divided once. On a
-mesh the compiler adds over devices and hosts too, since every reduction here is over global arrays.
+An ``Objective`` gives the loss of a micro-batch. Gradients are of its *sum*; sums, weights and metrics are added over
+micro-batches, and divided once. On a mesh the compiler adds over devices and hosts too, since every reduction here is
+over global arrays.
+
+Left out on purpose: the policy step, whose micro-batches are added up by the host (``policy_step``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +24,17 @@ from luthier import mesh as mesh_lib
 from luthier.algorithms import is_linear, masked
 from luthier.model import cpu, param
 from luthier.model.compute import Compute
+from luthier.model.cross_entropy import TokenScores
 from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.train import optimizer as optimizer_lib
-from luthier.types import Array, Batch, Loss
+from luthier.types import Array, Batch, Loss, PolicyBatch
 
 Algorithm = Callable[..., Loss]
+Objective = Callable[[Tree, Any], Loss]
+"""``(params, micro) -> Loss``."""
 Metrics = dict[str, jax.Array]
+AnyBatch = TypeVar("AnyBatch", Batch, PolicyBatch)
 
 
 @jax.tree_util.register_dataclass
@@ -42,13 +49,54 @@ class TrainState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Totals:
-    """Sums over the tokens of a batch, to be divided once."""
+class Running:
+    """What is added up over micro-batches: the fp32 gradient of the losses' sum, and the losses."""
 
-    loss: Array
-    correct: Array
-    weight: Array
-    tokens: Array
+    gradient: Tree
+    loss: Loss
+
+
+def running(objective: Objective, params: Tree, micro: Any) -> Running:
+    """Return loss and gradient of one micro-batch."""
+
+    def loss_sum(params: Tree) -> tuple[jax.Array, Loss]:
+        loss = objective(params, micro)
+        return loss.sum, loss
+
+    gradient, loss = jax.grad(loss_sum, has_aux=True)(params)
+    return Running(jax.tree.map(lambda g: g.astype(jnp.float32), gradient), loss)
+
+
+def nothing(like: Running) -> Running:
+    """Return what adds nothing, in the shapes of ``like``."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    lowest = jax.tree.map(lambda x: jnp.full(x.shape, -jnp.inf, x.dtype), like.loss.maxima)
+    return replace(zeros, loss=replace(zeros.loss, maxima=lowest))
+
+
+def added(one: Running, other: Running) -> Running:
+    """Return both together."""
+    total = jax.tree.map(jnp.add, one, other)
+    greatest = jax.tree.map(jnp.maximum, one.loss.maxima, other.loss.maxima)
+    return replace(total, loss=replace(total.loss, maxima=greatest))
+
+
+def updated(
+    optimizer: optax.GradientTransformation, state: TrainState, total: Running, learning_rate: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """Return the state after one step along the mean gradient, and the step's metrics."""
+    gradient = jax.tree.map(lambda g: g / jnp.maximum(total.loss.weight, 1.0), total.gradient)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(lambda w, u: (w + learning_rate * u).astype(w.dtype), state.params, updates)
+    metrics = means(total.loss) | {"grad_norm": optax.global_norm(gradient)}
+    return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def means(loss: Loss) -> Metrics:
+    """Return the loss and its metrics, divided by what they weigh; 0 where nothing was weighed."""
+    metrics = {name: masked.ratio(*pair) for name, pair in loss.metrics.items()}
+    return {"loss": masked.ratio(loss.sum, loss.weight), **metrics, **loss.maxima, **loss.counts}
 
 
 def make_train_step(
@@ -59,25 +107,28 @@ def make_train_step(
     The batch's arrays are ``[A, B, T]``: A micro-batches.
     """
 
+    def objective(params: Tree, micro: Batch) -> Loss:
+        cotangent_BT = None
+        if is_linear(algorithm):
+            anywhere = jnp.zeros(micro.tokens_BT.shape, jnp.float32)
+            cotangent_BT = jax.grad(lambda logp_BT: algorithm(logp_BT, micro).sum)(anywhere)
+        return _measured(algorithm, model.score(params, micro, compute, cotangent_BT), micro)
+
     def step(state: TrainState, batch: Batch, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
-        gradient, totals = _accumulate(lambda micro: _gradient(model, algorithm, compute, state.params, micro), batch)
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(totals.weight, 1.0), gradient)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-            params = jax.tree.map(lambda w, u: (w + learning_rate * u).astype(w.dtype), state.params, updates)
-        metrics = _means(totals) | {"grad_norm": optax.global_norm(gradient)}
-        return TrainState(params, opt_state, state.step + 1), metrics
+        with compute.precision():
+            total = _accumulated(lambda micro: running(objective, state.params, micro), batch)
+        return updated(optimizer, state, total, learning_rate)
 
     return jax.jit(step, donate_argnums=0, compiler_options=cpu.compiler_options())
 
 
-def make_eval_step(model: Model, algorithm: Algorithm, compute: Compute) -> Callable[[Tree, Batch], Totals]:
-    """Return ``evaluate(params, batch) -> Totals`` over a batch ``[B, T]``."""
+def make_eval_step(model: Model, algorithm: Algorithm, compute: Compute) -> Callable[[Tree, Batch], Loss]:
+    """Return ``evaluate(params, batch) -> Loss`` over a batch ``[B, T]``."""
 
-    def evaluate(params: Tree, batch: Batch) -> Totals:
+    def evaluate(params: Tree, batch: Batch) -> Loss:
         with compute.precision():
             scores = model.score(params, batch, compute)
-        return _totals(algorithm(scores.logp_BT, batch), scores.correct_BT, batch)
+        return _measured(algorithm, scores, batch)
 
     return jax.jit(evaluate)
 
@@ -107,8 +158,8 @@ def batch_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
     return NamedSharding(mesh, P(None, mesh_lib.BATCH_AXES) if accumulated else P(mesh_lib.BATCH_AXES))
 
 
-def place(batch: Batch, mesh: Mesh, *, accumulate: int | None = None) -> Batch:
-    """Put this host's rows on the devices, as ``[A, B, T]`` where ``accumulate`` gives A, else ``[B, T]``."""
+def place(batch: AnyBatch, mesh: Mesh, *, accumulate: int | None = None) -> AnyBatch:
+    """Put this host's rows on the devices, as ``[A, B, T]`` where ``accumulate`` gives A, else as they are."""
     sharding = batch_sharding(mesh, accumulated=accumulate is not None)
 
     def put(rows: np.ndarray) -> jax.Array:
@@ -119,44 +170,19 @@ def place(batch: Batch, mesh: Mesh, *, accumulate: int | None = None) -> Batch:
     return jax.tree.map(put, batch)
 
 
-def _gradient(model: Model, algorithm: Algorithm, compute: Compute, params: Tree, micro: Batch) -> tuple[Tree, Totals]:
-    def loss_sum(params: Tree) -> tuple[jax.Array, Totals]:
-        cotangent_BT = None
-        if is_linear(algorithm):
-            anywhere = jnp.zeros(micro.tokens_BT.shape, jnp.float32)
-            cotangent_BT = jax.grad(lambda logp_BT: algorithm(logp_BT, micro).sum)(anywhere)
-        scores = model.score(params, micro, compute, cotangent_BT)
-        loss = algorithm(scores.logp_BT, micro)
-        return loss.sum, _totals(loss, scores.correct_BT, micro)
-
-    with compute.precision():
-        gradient, totals = jax.grad(loss_sum, has_aux=True)(params)
-    return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), totals
-
-
-def _accumulate(gradient_of: Callable[[Batch], tuple[Tree, Totals]], batch: Batch) -> tuple[Tree, Totals]:
-    """Add up gradients and totals over the leading axis, holding one running sum."""
+def _accumulated(of_micro: Callable[[Batch], Running], batch: Batch) -> Running:
+    """Add up over the leading axis, holding one running sum."""
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens_BT.shape[0] == 1:
-        return gradient_of(first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, first))
-    add = lambda running, micro: (jax.tree.map(jnp.add, running, gradient_of(micro)), None)  # noqa: E731
-    return jax.lax.scan(add, zeros, batch)[0]
+        return of_micro(first)
+    start = nothing(jax.eval_shape(of_micro, first))
+    return jax.lax.scan(lambda total, micro: (added(total, of_micro(micro)), None), start, batch)[0]
 
 
-def _totals(loss: Loss, correct_BT: jax.Array, batch: Batch) -> Totals:
-    return Totals(
-        loss=loss.sum,
-        correct=masked.masked_sum(correct_BT, batch.mask_BT),
-        weight=loss.weight,
-        tokens=masked.count(batch.segments_BT > 0),
-    )
-
-
-def _means(totals: Totals) -> Metrics:
-    return {
-        "loss": masked.ratio(totals.loss, totals.weight),
-        "mean_token_accuracy": masked.ratio(totals.correct, totals.weight),
-        "num_trained_tokens": totals.weight,
-        "num_tokens": totals.tokens,
-    }
+def _measured(algorithm: Algorithm, scores: TokenScores, batch: Batch) -> Loss:
+    """Return the loss with the metrics of every supervised step."""
+    loss = algorithm(scores.logp_BT, batch)
+    correct = masked.masked_sum(scores.correct_BT, batch.mask_BT)
+    counts = {"num_trained_tokens": loss.weight, "num_tokens": masked.count(batch.segments_BT > 0)}
+    metrics = loss.metrics | {"mean_token_accuracy": (correct, loss.weight)}
+    return replace(loss, metrics=metrics, counts=loss.counts | counts)

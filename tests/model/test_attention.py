@@ -14,8 +14,9 @@ from luthier import mesh
 from luthier.config import ModelKeys
 from luthier.errors import UserError
 from luthier.model import attention_blockwise
-from luthier.model.attention import attention
+from luthier.model.attention import attention, cudnn, shares_prompts
 from luthier.model.attention_splash import splash
+from luthier.model.segments import Prefixed
 
 
 def whole(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, scale=None, window=None):
@@ -25,7 +26,10 @@ def whole(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, scale=None, window=None):
     distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
     allowed = (distance >= 0) & (distance < (window or q.shape[1]))
     allowed = jnp.broadcast_to(allowed, (q.shape[0], *allowed.shape))
-    if segments_BT is not None:
+    if isinstance(segments_BT, Prefixed):
+        own, prefix = (ids_BT[:, :, None] for ids_BT in segments_BT)
+        allowed &= (own == own.mT) | (prefix == own.mT)
+    elif segments_BT is not None:
         allowed &= segments_BT[:, :, None] == segments_BT[:, None, :]
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     p = jax.nn.softmax(jnp.where(allowed[:, None], scores, -jnp.inf), axis=-1)
@@ -39,6 +43,15 @@ def arrays(T: int, B: int = 2, N: int = 4, K: int = 2, H: int = 16, dtype: str =
     edges = np.linspace(0, T, 5).astype(int)[1:]
     segments_BT = np.stack([(np.searchsorted(edges + row, np.arange(T), side="right") + 1) % 4 for row in range(B)])
     return *(x.astype(dtype) for x in (q, k, v)), jnp.asarray(segments_BT, jnp.int32), g
+
+
+def prefixed(T: int, B: int = 2) -> Prefixed:
+    """Return rows of two prompts with three and two completions, then padding."""
+    edges = np.linspace(0, T, 9).astype(int)[1:]
+    rows = [np.searchsorted(edges + row, np.arange(T), side="right") for row in range(B)]
+    own_BT = np.stack([np.asarray([1, 2, 3, 4, 5, 6, 7, 0, 0])[row] for row in rows])
+    prefix_BT = np.stack([np.asarray([1, 1, 1, 1, 5, 5, 5, 0, 0])[row] for row in rows])
+    return Prefixed(jnp.asarray(own_BT, jnp.int32), jnp.asarray(prefix_BT, jnp.int32))
 
 
 def value_and_gradients(function, q, k, v, segments_BT, g):
@@ -80,6 +93,38 @@ def test_looped_blocks_equal_whole_scores(monkeypatch: pytest.MonkeyPatch, windo
     assert_equal(*kernels, *arrays(203, H=10))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block", [128, 16])
+def test_completions_see_the_prompt_they_share(monkeypatch: pytest.MonkeyPatch, block: int, dtype: str) -> None:
+    monkeypatch.setattr(attention_blockwise, "MAX_BLOCK", block)
+    monkeypatch.setattr(attention_blockwise, "MAX_SPANS", 3)
+    q, k, v, _, g = arrays(150, dtype=dtype)
+    assert_equal(attention, whole, q, k, v, prefixed(150), g, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("segments", ["whole", "prefixed"])
+@pytest.mark.parametrize("T", [64, 37])
+def test_the_mask_given_to_cudnn_is_the_same(monkeypatch: pytest.MonkeyPatch, T: int, segments: str) -> None:
+    """The kernel itself needs a GPU: here XLA takes its place, with the same arguments."""
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: plain(*a, **k | {"implementation": "xla"}))
+    q, k, v, segments_BT, g = arrays(T)
+    kernel = functools.partial(cudnn, scale=0.25, window=None)
+    given = segments_BT if segments == "whole" else prefixed(T)
+    assert_equal(kernel, functools.partial(whole, scale=0.25), q, k, v, given, g)
+
+
+def test_what_cannot_share_prompts_says_so() -> None:
+    q, k, v, _, _ = arrays(32)
+    assert shares_prompts("auto", jnp.float32, 16)
+    assert shares_prompts("cudnn", jnp.bfloat16, 16)
+    assert not shares_prompts("splash", jnp.float32, 16)
+    with pytest.raises(ValueError, match="without sharing"):
+        splash(q, k, v, prefixed(32), scale=0.25, window=None, interpret=True)
+    with pytest.raises(ValueError, match="window"):
+        attention(q, k, v, prefixed(32), window=8)
+
+
 def test_rows_of_one_segment_need_no_ids() -> None:
     q, k, v, _, g = arrays(150)
     assert_equal(attention, whole, q, k, v, None, g)
@@ -119,8 +164,11 @@ def test_eight_devices_equal_one(axes: tuple[int, int, int]) -> None:
     q, k, v, segments_BT, g = arrays(40, B=8, N=8, K=2)
     expected = value_and_gradients(attention, q, k, v, segments_BT, g)
     keys = ModelKeys(ici_data_parallelism=axes[0], ici_fsdp_parallelism=axes[1], ici_tensor_parallelism=axes[2])
+    shared = value_and_gradients(attention, q, k, v, prefixed(40, B=8), g)
     with mesh.use(mesh.make(keys)):
         for one, other in zip(value_and_gradients(attention, q, k, v, segments_BT, g), expected, strict=True):
+            assert_close(one, other)
+        for one, other in zip(value_and_gradients(attention, q, k, v, prefixed(40, B=8), g), shared, strict=True):
             assert_close(one, other)
 
 

@@ -15,10 +15,11 @@ import pytest
 
 from luthier import mesh
 from luthier.config import ModelKeys
+from luthier.data.groups import Layout, pack
 from luthier.model import param
 from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
-from luthier.types import Batch
+from luthier.types import Batch, PolicyBatch, Trajectory
 from tiny import TINY
 
 CONFIG = TINY | {"num_hidden_layers": 2, "hidden_size": 192, "intermediate_size": 512, "vocab_size": 1024}
@@ -54,6 +55,29 @@ def gradient_hlo(dtype: str, *, linear: bool, remat: str) -> str:
     with mesh.use(mesh.make(ModelKeys(), jax.devices()[:1])) as one:
         params = param.abstract(model.spec, jnp.float32, one)
         return jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile().as_text()
+
+
+def policy_hlo(dtype: str) -> str:
+    """Return the optimised HLO of a policy's gradient on one CPU device, prompts shared and entropies asked for."""
+    model, compute = Model.from_hf(CONFIG | HEADS, "compiled step"), Compute(dtype=jnp.dtype(dtype))
+    token = np.zeros(32, np.int32)
+    one = Trajectory(token, token, token == 0, *np.zeros((2, 32), np.float32), None, 1.0)
+    batch = pack([one], Layout(rows=2, row_length=256, scored=224, sequences=7, completion_length=32))[0].batch
+
+    def loss(params, batch: PolicyBatch):
+        scores = model.score_tokens(params, batch, compute, temperature=0.9, entropy=True)
+        return jnp.sum(jnp.square(scores.logp_BT) + scores.entropy_BT)
+
+    with mesh.use(mesh.make(ModelKeys(), jax.devices()[:1])) as device:
+        params = param.abstract(model.spec, jnp.float32, device)
+        return jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile().as_text()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_matmul_of_a_policy_step_is_slow(dtype: str) -> None:
+    hlo = policy_hlo(dtype)
+    assert hlo.count(" dot(") >= 30
+    assert slow_matmuls(hlo) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

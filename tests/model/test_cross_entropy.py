@@ -39,7 +39,7 @@ def whole(hidden_BTD, head_VD, targets_BT):
 
 def value_and_gradients(function, hidden_BTD, head_VD, targets_BT, weights_BT):
     def loss(hidden_BTD, head_VD):
-        logp_BT, correct_BT = function(hidden_BTD, head_VD, targets_BT)
+        logp_BT, correct_BT = function(hidden_BTD, head_VD, targets_BT)[:2]
         return -3.0 * jnp.sum(logp_BT * weights_BT), (logp_BT, correct_BT)
 
     (_, scores), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden_BTD, head_VD)
@@ -114,6 +114,64 @@ def test_equals_torch() -> None:
         assert_close(one, other.numpy())
 
 
+def with_entropy(function):
+    """Return loss, scores and gradients of a loss in log-probs and entropies, neither of them linear."""
+
+    def run(hidden_BTD, head_VD, targets_BT, weights_BT):
+        def loss(hidden_BTD, head_VD):
+            scores = function(hidden_BTD, head_VD, targets_BT)
+            logp_BT, entropy_BT = scores[0], scores[2]
+            return jnp.sum(weights_BT * (jnp.exp(logp_BT) + jnp.square(entropy_BT))), (logp_BT, entropy_BT)
+
+        (_, scores), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden_BTD, head_VD)
+        return *scores, *gradients
+
+    return run
+
+
+def whole_at(temperature: float):
+    """Return scores of the plain softmax of whole logits."""
+
+    def scores(hidden_BTD, head_VD, targets_BT):
+        logp_BTV = jax.nn.log_softmax(hidden_BTD @ head_VD.T / temperature)
+        logp_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        return logp_BT, None, -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
+
+    return scores
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_temperature_and_entropy_equal_the_plain_softmax(temperature: float) -> None:
+    ours = functools.partial(token_logp, temperature=temperature, entropy=True)
+    expected = with_entropy(whole_at(temperature))(*arrays())
+    for one, other in zip(with_entropy(ours)(*arrays()), expected, strict=True):
+        assert_close(one, other)
+
+
+def test_entropies_stay_exact_where_logits_are_large() -> None:
+    hidden_BTD, head_VD, targets_BT, _ = arrays()
+    shift_VD = head_VD.at[:, 0].set(100.0)  # the same for all tokens, so the softmax is that without it
+    hidden_BTD = hidden_BTD.at[..., 0].set(10.0)
+    ours = token_logp(hidden_BTD, shift_VD, targets_BT, entropy=True)
+    expected = whole_at(1.0)(hidden_BTD.at[..., 0].set(0.0), head_VD, targets_BT)
+    np.testing.assert_allclose(ours.entropy_BT, expected[2], rtol=2e-3)
+
+
+def test_an_announced_gradient_at_a_temperature() -> None:
+    hidden_BTD, head_VD, targets_BT, weights_BT = arrays()
+    ours = functools.partial(token_logp, cotangent_BT=weights_BT, temperature=0.6)
+    expected = value_and_gradients(whole_at(0.6), hidden_BTD, head_VD, targets_BT, weights_BT)
+    actual = value_and_gradients(ours, hidden_BTD, head_VD, targets_BT, weights_BT)
+    for place in (0, 2, 3):
+        assert_close(actual[place], expected[place])
+    with pytest.raises(ValueError, match="entropy"):
+        token_logp(hidden_BTD, head_VD, targets_BT, weights_BT, entropy=True)
+
+
+def test_an_entropy_that_was_not_asked_for_is_not_there() -> None:
+    assert token_logp(*arrays()[:3]).entropy_BT is None
+
+
 @pytest.mark.parametrize("axes", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("linear", [False, True])
 def test_eight_devices_equal_one(linear: bool, axes: tuple[int, int, int]) -> None:
@@ -125,6 +183,15 @@ def test_eight_devices_equal_one(linear: bool, axes: tuple[int, int, int]) -> No
         head_VD = jax.device_put(head_VD, mesh.sharding(("vocab", "embed"), head_VD.shape, devices))
         actual = value_and_gradients(function, hidden_BTD, head_VD, targets_BT, weights_BT)
         for one, other in zip(actual, expected, strict=True):
+            assert_close(one, other)
+
+
+def test_entropies_on_eight_devices_equal_one() -> None:
+    hidden_BTD, head_VD, targets_BT, weights_BT = arrays(B=8)
+    run = with_entropy(functools.partial(token_logp, temperature=0.6, entropy=True))
+    expected = run(hidden_BTD, head_VD, targets_BT, weights_BT)
+    with mesh.use(mesh.make(ModelKeys(ici_data_parallelism=2, ici_fsdp_parallelism=2, ici_tensor_parallelism=2))):
+        for one, other in zip(run(hidden_BTD, head_VD, targets_BT, weights_BT), expected, strict=True):
             assert_close(one, other)
 
 

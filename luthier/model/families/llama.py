@@ -22,6 +22,7 @@ from luthier.model.dense import dense
 from luthier.model.layers import apply_rope, remat, rms_norm, rope_tables, silu_gate
 from luthier.model.param import Param, Tree, stacked
 from luthier.model.rope import Rope, inverse_frequencies
+from luthier.model.segments import Segments
 
 MODEL_TYPES = ("llama",)
 LINE = "layers"
@@ -156,7 +157,7 @@ def forward(
     config: Config,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
-    segments_BT: jax.Array | None,
+    segments: Segments,
     compute: Compute,
     past: Past | None = None,
 ) -> tuple[jax.Array, dict[str, Fresh]]:
@@ -172,7 +173,7 @@ def forward(
     def layer(x_BTD: jax.Array, scanned: tuple[Tree, jax.Array]) -> tuple[jax.Array, Fresh | None]:
         weights, index = scanned
         here = past.layer(LINE, index) if past is not None else None
-        attended_BTD, fresh = _attend(weights, config, x_BTD, rope, segments_BT, compute, here)
+        attended_BTD, fresh = _attend(weights, config, x_BTD, rope, segments, compute, here)
         x_BTD = x_BTD + attended_BTD
         x_BTD = x_BTD + _mlp(weights, config, x_BTD)
         return mesh.constrain(x_BTD, "batch", "time", "norm"), fresh if past is not None else None
@@ -187,7 +188,7 @@ def _attend(
     config: Config,
     x_BTD: jax.Array,
     rope: Any,
-    segments_BT: jax.Array | None,
+    segments: Segments,
     compute: Compute,
     past: LayerPast | None,
 ) -> tuple[jax.Array, Fresh]:
@@ -197,7 +198,7 @@ def _attend(
         k_BTKH = _biased(dense("BTD,DKH->BTKH", h_BTD, p["k"]), p.get("k_bias"))
         v_BTKH = _biased(dense("BTD,DKH->BTKH", h_BTD, p["v"]), p.get("v_bias"))
         q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
-        o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation=compute.attention, past=past)
+        o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments, implementation=compute.attention, past=past)
         return _biased(dense("BTNH,DNH->BTD", o_BTNH, p["o"]), p.get("o_bias")), Fresh(k_BTKH, v_BTKH)
 
 

@@ -1,0 +1,200 @@
+"""The policy step: its micro-batches are added up one by one, since their number differs from step to step.
+
+Four programs, each of one shape for the whole run and compiled from shapes alone: ``start`` gives an empty running sum,
+``accumulate`` adds a micro-batch to it, ``apply`` divides once and updates the weights, and ``score`` gives the
+log-probs that a policy is held against, its own of before or a reference's.
+
+Left out on purpose: the losses (``algorithms.policy``), and what is trained on (``data.groups``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from luthier import mesh as mesh_lib
+from luthier.algorithms import masked
+from luthier.data.groups import Layout
+from luthier.model import cpu
+from luthier.model.compute import Compute
+from luthier.model.model import Model
+from luthier.model.param import Tree
+from luthier.rollout.mismatch import mismatch
+from luthier.train import step
+from luthier.types import Loss, PolicyBatch, Rollouts
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model as a policy and the loss it is trained by, ``loss(logp, rollouts, entropy) -> Loss``.
+
+    Log-probs are at ``temperature``, the sampler's. Entropies are computed if ``entropy``. ``own_old`` says that old
+    log-probs are the trainer's own: then they, and not the current ones, are compared with the sampler's.
+    """
+
+    model: Model
+    loss: Callable[..., Loss]
+    compute: Compute
+    temperature: float = 1.0
+    entropy: bool = False
+    own_old: bool = False
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The promises of the compiled programs; they take batches as ``step.place`` puts them.
+
+    ``start() -> Running``; ``accumulate(params, running, micro) -> Running``, to which the running sum is donated;
+    ``apply(state, running, learning_rate) -> (state, metrics)``, to which the state is donated, and which changes
+    nothing but the number of the step where the loss weighs nothing; ``score(params, micro) -> logp [B, S, C]``.
+    """
+
+    start: Future[Callable[..., Any]]
+    accumulate: Future[Callable[..., Any]]
+    apply: Future[Callable[..., Any]]
+    score: Future[Callable[..., Any]] | None
+
+
+def compile_steps(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    state: step.TrainState,
+    layout: Layout,
+    mesh: Mesh,
+    background: ThreadPoolExecutor,
+    *,
+    reference: bool = False,
+    old: bool = True,
+    scores: bool = True,
+) -> Programs:
+    """Start compiling for the abstract ``state``, the program needed first, first.
+
+    ``reference`` and ``old`` say which log-probs rollouts have, ``scores`` that ``score`` is wanted.
+    """
+    micro = abstract_batch(layout, mesh, reference=reference, old=old)
+    total = _abstract_running(policy, state.params, micro, mesh)
+    placed = _shardings(total)
+
+    def compiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[..., Any]:
+        with mesh_lib.use(mesh):
+            return jax.jit(function, compiler_options=cpu.compiler_options(), **options).lower(*arguments).compile()
+
+    def submit(function: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Callable[..., Any]]:
+        return background.submit(compiled, function, *arguments, **options)
+
+    by_row = step.batch_sharding(mesh, accumulated=False)
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    outputs = (_shardings(state), NamedSharding(mesh, P()))
+    score = submit(_scored(policy), state.params, unscored(micro), out_shardings=by_row) if scores else None
+    return Programs(
+        score=score,
+        start=submit(lambda: step.nothing(total), out_shardings=placed),
+        accumulate=submit(_accumulated(policy), state.params, total, micro, donate_argnums=1, out_shardings=placed),
+        apply=submit(_applied(optimizer), state, total, rate, donate_argnums=0, out_shardings=outputs),
+    )
+
+
+def abstract_batch(layout: Layout, mesh: Mesh, *, reference: bool = False, old: bool = True) -> PolicyBatch:
+    """Return the shapes, types and shardings of a micro-batch as ``data.groups`` packs it."""
+    B, S = layout.rows, layout.sequences
+    sharding = step.batch_sharding(mesh, accumulated=False)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    ids_BT, ids_BM = array(jnp.int32, B, layout.row_length), array(jnp.int32, B, layout.scored)
+    places_BSC = array(jnp.int32, B, S, layout.completion_length)
+    logp = array(jnp.float32, B * S, layout.completion_length)
+    mask, advantages = array(jnp.bool, *logp.shape), array(jnp.float32, B * S)
+    rollouts = Rollouts(mask, logp, logp if old else None, logp if reference else None, advantages)
+    prefixes_BT = ids_BT if layout.shared else None
+    return PolicyBatch(ids_BT, ids_BT, ids_BT, prefixes_BT, ids_BM, ids_BM, places_BSC, rollouts)
+
+
+def unscored(micro: PolicyBatch) -> PolicyBatch:
+    """Return the micro-batch as ``score`` takes it, without the log-probs that may be what is asked for."""
+    return replace(micro, rollouts=replace(micro.rollouts, old_logp_BT=None, reference_logp_BT=None))
+
+
+def objective(policy: Policy) -> step.Objective:
+    """Return the policy's loss of a micro-batch, with the metrics of every policy step."""
+
+    def loss_of(params: Tree, micro: PolicyBatch) -> Loss:
+        rollouts = micro.rollouts
+        logp_BT, _, entropy_BT = policy.model.score_tokens(
+            params, micro, policy.compute, temperature=policy.temperature, entropy=policy.entropy
+        )
+        loss = policy.loss(logp_BT, rollouts, entropy_BT)
+        trainer_logp_BT = rollouts.old_logp_BT if policy.own_old else logp_BT
+        apart = mismatch(rollouts.sampler_logp_BT, trainer_logp_BT, rollouts.mask_BT)
+        counts = {
+            "num_trained_tokens": masked.count(rollouts.mask_BT),
+            "num_tokens": masked.count(micro.segments_BT > 0),
+        }
+        return replace(
+            loss,
+            metrics=loss.metrics | apart.metrics,
+            maxima=loss.maxima | apart.maxima,
+            counts=loss.counts | counts,
+        )
+
+    return loss_of
+
+
+def _accumulated(policy: Policy) -> Callable[..., step.Running]:
+    def accumulate(params: Tree, total: step.Running, micro: PolicyBatch) -> step.Running:
+        with policy.compute.precision():
+            return step.added(total, step.running(objective(policy), params, micro))
+
+    return accumulate
+
+
+def _applied(optimizer: optax.GradientTransformation) -> Callable[..., tuple[step.TrainState, step.Metrics]]:
+    def apply(
+        state: step.TrainState, total: step.Running, learning_rate: jax.Array
+    ) -> tuple[step.TrainState, step.Metrics]:
+        after, metrics = step.updated(optimizer, state, total, learning_rate)
+
+        def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(total.loss.weight > 0, new, old)
+
+        params = jax.tree.map(kept, after.params, state.params)
+        opt_state = jax.tree.map(kept, after.opt_state, state.opt_state)
+        return step.TrainState(params, opt_state, after.step), metrics
+
+    return apply
+
+
+def _scored(policy: Policy) -> Callable[..., jax.Array]:
+    def score(params: Tree, micro: PolicyBatch) -> jax.Array:
+        with policy.compute.precision():
+            scores = policy.model.score_tokens(params, micro, policy.compute, temperature=policy.temperature)
+        return scores.logp_BT.reshape(micro.places_BSC.shape)
+
+    return score
+
+
+def _abstract_running(policy: Policy, params: Tree, micro: PolicyBatch, mesh: Mesh) -> step.Running:
+    with mesh_lib.use(mesh):
+        total = jax.eval_shape(lambda params, micro: step.running(objective(policy), params, micro), params, micro)
+    whole = NamedSharding(mesh, P())
+    return step.Running(
+        gradient=jax.tree.map(lambda g, w: _placed(g, w.sharding), total.gradient, params),
+        loss=jax.tree.map(lambda x: _placed(x, whole), total.loss),
+    )
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _shardings(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: x.sharding, tree)
