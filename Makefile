@@ -1,6 +1,7 @@
 # Everything here works on a machine with Python 3.11 or newer and make: each target makes what it needs in .venv.
 #
 #   make demo    fine-tune a small model on made conversations, on a CPU, in minutes
+#   make demo-rl improve it by reinforcement learning, on a CPU, in under half an hour
 #   make test    the tests
 #
 # make demo PYTHON=python3.12   chooses the Python; else the newest that runs is taken
@@ -24,11 +25,14 @@ OTHER_PYTHON := other-python
 endif
 endif
 
-.PHONY: demo test test-slow lint types docs clean other-python
+.PHONY: demo demo-rl test test-slow lint types docs clean other-python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	@$(BIN)/python recipes/demo.py
+
+demo-rl: $(VENV)/.demo
+	@$(BIN)/python recipes/demo_rl.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

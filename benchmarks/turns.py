@@ -22,13 +22,15 @@ from typing import Any
 class Turns:
     """A worker's end, to be made before anything is printed, since it takes stdout for itself.
 
-    ``facts`` are sent with the first message; ``device_peak`` returns bytes where a GPU counts them.
+    ``facts`` are sent with the first message; ``device_peak`` returns bytes where a GPU counts them. To ``parts`` a
+    worker adds the seconds of a turn by what they went into, where it can tell.
     """
 
     def __init__(self, device_peak: Callable[[], int | None]) -> None:
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print is no message
         self.facts: dict[str, Any] = {}
+        self.parts: dict[str, float] = {}
         self._device_peak = device_peak
         self._job: dict[str, Any] = {}
         self._steps = self._left = 0
@@ -48,13 +50,14 @@ class Turns:
             self._steps = self._left = self._job.pop("steps")
             if self._left == 0:
                 raise SystemExit(0)
+            self.parts.clear()
             self._started = (time.perf_counter(), _cpu_seconds())
         self._left -= 1
         return self._job
 
     def _report(self) -> None:
         seconds, cpu_seconds = time.perf_counter() - self._started[0], _cpu_seconds() - self._started[1]
-        timed = {"seconds": seconds, "cpu_seconds": cpu_seconds} if self._steps else self.facts
+        timed = {"seconds": seconds, "cpu_seconds": cpu_seconds, "parts": self.parts} if self._steps else self.facts
         report = timed | {"steps": self._steps, "peak_bytes": peak_resident(), "device_peak_bytes": self._device_peak()}
         self._answers.write(json.dumps(report) + "\n")
         self._answers.flush()

@@ -24,7 +24,8 @@ def demo():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_resolves_and_is_in_the_readme(path):
-    resolved = config.resolve("sft", [str(path), "load_parameters_path=model.gguf"], {})
+    command = "rl" if "loss_algo" in path.read_text(encoding="utf-8") else "sft"
+    resolved = config.resolve(command, [str(path), "load_parameters_path=model.gguf"], {})
     assert resolved.run_name == path.stem
     assert f"(recipes/{path.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
 

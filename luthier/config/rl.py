@@ -35,7 +35,7 @@ class PolicyKeys(Keys):
     num_iterations: PositiveInt = key(1, "Passes over a step's completions.")
     num_mini_batches: PositiveInt = key(1, "Optimizer updates in a pass, each on a part of the prompts.")
     row_length: int = key(
-        0, "Tokens in a packed row of the policy step; 0: what a group takes at most, up to 2048.", ge=0
+        0, "Tokens in a packed row of the policy step; 0: what a group or an update takes, up to 2048.", ge=0
     )
     advantages: Literal["group-std", "group-mean", "leave-one-out", "batch-mean", "batch-std"] | None = key(
         None,
@@ -178,6 +178,11 @@ def _groups(config: RlConfig) -> str | None:
                 "num_generations=1: a completion alone has no group to be held against. Give at least 2, or "
                 "loss_algo=reinforce"
             )
+    if config.num_generations == 1 and config.zero_variance_groups in ("drop", "resample"):
+        return (
+            f"zero_variance_groups={config.zero_variance_groups} leaves nothing of num_generations=1, whose rewards are "
+            "always alike: leave it out"
+        )
     if config.prompts_per_step % config.num_mini_batches:
         return (
             f"num_mini_batches={config.num_mini_batches} does not divide prompts_per_step={config.prompts_per_step}: "

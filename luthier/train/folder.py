@@ -18,6 +18,7 @@ CONTINUABLE = {
     *("profiler", "profiler_steps", "skip_first_n_steps_for_profiler"),
     *("checkpoint_period", "max_num_checkpoints_to_keep", "async_checkpointing", "save_dtype"),
     *("grain_worker_count", "jax_cache_dir", "hf_access_token"),
+    *("reward_workers", "reward_timeout", "max_reward_failures", "log_completions_steps", "max_logp_difference"),
 }
 
 _ELSEWHERE = "Choose another run_name, or remove the folder."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from luthier import mesh as mesh_lib
 from luthier.checkpoint import huggingface
 from luthier.checkpoint.source import Source
 from luthier.checkpoint.state import Checkpoints
-from luthier.config import SftConfig
+from luthier.config import RlConfig, SftConfig
 from luthier.memory import available
 from luthier.model import attention, param
 from luthier.model.compute import Compute, fast_dtype
@@ -24,12 +24,14 @@ from luthier.model.model import Model
 from luthier.train import memory, optimizer, step
 from luthier.types import Batch
 
+C = TypeVar("C", bound=SftConfig | RlConfig)
+
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[C]):
     """A configuration whose keys were found good, and what follows from them."""
 
-    config: SftConfig
+    config: C
     source: Source
     model: Model
     mesh: Mesh
@@ -40,11 +42,6 @@ class Job:
     def batch_rows(self) -> int:
         """Rows of a micro-batch over all devices."""
         return self.config.per_device_batch_size * mesh_lib.batch_shards(self.mesh)
-
-    @property
-    def step_rows(self) -> int:
-        """Rows of a whole step."""
-        return self.batch_rows * self.config.gradient_accumulation_steps
 
     @property
     def weight_dtype(self) -> jnp.dtype:
@@ -71,8 +68,8 @@ class Programs:
     evaluate: Future[Callable[..., Any]] | None
 
 
-def prepare(config: SftConfig, source: Source, model: Model, mesh: Mesh) -> Job:
-    """Return the job, after checking that mesh, kernel and checkpoint fit the model, and the batch the memory.
+def prepare(config: C, source: Source, model: Model, mesh: Mesh) -> Job[C]:
+    """Return the job, after checking that mesh, kernel and checkpoint fit the model.
 
     Raises UserError where one does not.
     """
@@ -82,11 +79,30 @@ def prepare(config: SftConfig, source: Source, model: Model, mesh: Mesh) -> Job:
     attention.choose(config.attention, dtype, model.config.head_dim)  # raises where the kernel cannot run
     if source.kind != "random":
         huggingface.check(source, model.spec)
-    memory.check(config, memory.estimate(config, model, mesh, compute), available(mesh))
     return Job(config, source, model, mesh, compute, optimizer.make(config, model.spec))
 
 
-def compile_steps(job: Job, algorithm: step.Algorithm, background: ThreadPoolExecutor) -> Programs:
+def step_rows(job: Job[SftConfig]) -> int:
+    """Return the rows of a whole step."""
+    return job.batch_rows * job.config.gradient_accumulation_steps
+
+
+def plan_memory(job: Job[SftConfig]) -> memory.Plan:
+    """Return the bytes that the job's steps take. Raises UserError where they are more than there are."""
+    keys = job.config
+    plan = memory.estimate(
+        keys,
+        job.model,
+        job.mesh,
+        job.compute,
+        row_length=keys.max_target_length,
+        accumulates=keys.gradient_accumulation_steps > 1,
+    )
+    memory.check(keys, plan, available(job.mesh), f"max_target_length={keys.max_target_length}")
+    return plan
+
+
+def compile_steps(job: Job[SftConfig], algorithm: step.Algorithm, background: ThreadPoolExecutor) -> Programs:
     """Start compiling the steps, the first one needed first, while the caller reads rows and weights."""
     state, accumulate = job.abstract_state, job.config.gradient_accumulation_steps
 
@@ -109,14 +125,17 @@ def load_state(job: Job, checkpoints: Checkpoints | None) -> tuple[step.TrainSta
     """Return the train state and the data's: the last checkpoint's, or that of a start."""
     if checkpoints is not None and checkpoints.latest() is not None:
         return checkpoints.restore(job.abstract_state)
+    return step.init_state(initial_params(job), job.optimizer, job.model.spec, job.mesh), None
+
+
+def initial_params(job: Job) -> param.Tree:
+    """Return the weights that the run starts from."""
     if job.source.kind == "random":
-        params = param.initialise(job.model.spec, jax.random.key(job.config.seed), job.weight_dtype, job.mesh)
-    else:
-        params = huggingface.load(job.source, job.model.spec, job.weight_dtype, job.mesh)
-    return step.init_state(params, job.optimizer, job.model.spec, job.mesh), None
+        return param.initialise(job.model.spec, jax.random.key(job.config.seed), job.weight_dtype, job.mesh)
+    return huggingface.load(job.source, job.model.spec, job.weight_dtype, job.mesh)
 
 
-def _abstract_batch(job: Job, *rows: int) -> Batch:
+def _abstract_batch(job: Job[SftConfig], *rows: int) -> Batch:
     shape = (*rows, job.config.max_target_length)
     sharding = step.batch_sharding(job.mesh, accumulated=len(rows) > 1)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from luthier import mesh as mesh_lib
-from luthier.config import SftConfig
+from luthier.config import RlConfig, SftConfig, TrainKeys
 from luthier.errors import UserError
 from luthier.memory import GIB
 from luthier.model import param
@@ -38,14 +38,19 @@ class Plan:
         return self.fixed + rows * self.per_row
 
 
-def estimate(config: SftConfig, model: Model, mesh: Mesh, compute: Compute) -> Plan:
-    """Return the bytes that training takes on each device."""
+def estimate(
+    config: TrainKeys, model: Model, mesh: Mesh, compute: Compute, *, row_length: int, accumulates: bool
+) -> Plan:
+    """Return the bytes that training on rows of ``row_length`` tokens takes on each device.
+
+    ``accumulates`` says that gradients are added up over several micro-batches.
+    """
     c = model.config
     weights = param.count(model.spec)
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     weight_bytes = jnp.dtype(config.weight_dtype).itemsize
     moment_bytes = MOMENTS[config.opt_type] * jnp.dtype(config.mu_dtype).itemsize
-    gradients = 2.0 if config.gradient_accumulation_steps > 1 else 1.0
+    gradients = 2.0 if accumulates else 1.0
     state = weights * (weight_bytes * (1 + gradients) + moment_bytes) / shards
     layer_weights = sum(math.prod(p.slice_shape) for p in param.leaves(model.spec).values() if p.stack)
     gathered = layer_weights * jnp.dtype(compute.dtype).itemsize * 2 / mesh.shape["tensor"]
@@ -61,38 +66,51 @@ def estimate(config: SftConfig, model: Model, mesh: Mesh, compute: Compute) -> P
     per_token = (saved * itemsize * c.num_hidden_layers + in_flight) / mesh.shape["tensor"]
     logits = 3 * 4 * 512 * c.vocab_size / mesh.shape["tensor"]
     process = PROCESS if mesh_lib.platform() == "cpu" else 0.0
-    return Plan(fixed=state + gathered + logits + process, per_row=per_token * config.max_target_length)
+    return Plan(fixed=state + gathered + logits + process, per_row=per_token * row_length)
 
 
-def check(config: SftConfig, plan: Plan, limit: float | None) -> None:
-    """Raise UserError where the plan is over the limit even if a third is overestimated, saying what would fit."""
+def sampling(config: RlConfig, model: Model, mesh: Mesh, compute: Compute) -> float:
+    """Return the bytes that reinforcement learning needs beside the train step, the cache of keys and values aside.
+
+    These are the sampler's copy of the weights, where it computes in another type, and the reference policy's.
+    """
+    weights = param.count(model.spec) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    own, computed = jnp.dtype(config.weight_dtype), jnp.dtype(compute.dtype)
+    copied = computed.itemsize if own != computed or config.max_staleness else 0
+    return weights * (copied + (own.itemsize if config.beta else 0))
+
+
+def check(config: SftConfig | RlConfig, plan: Plan, limit: float | None, row: str) -> None:
+    """Raise UserError where the plan is over the limit even if a third is overestimated, saying what would fit.
+
+    ``row`` names the key that says how long a row is, and its value.
+    """
     rows = config.per_device_batch_size
     if limit is None or plan.total(rows) / OVERESTIMATE <= limit:
         return
     fitting = int((limit - plan.fixed) // plan.per_row)
     if fitting >= 1:
-        product = rows * config.gradient_accumulation_steps
         remedy = f"per_device_batch_size={fitting} fits"
-        if product % fitting == 0:
+        if isinstance(config, SftConfig) and (product := rows * config.gradient_accumulation_steps) % fitting == 0:
             remedy += f" (with gradient_accumulation_steps={product // fitting} the step stays the same)"
         if config.remat_policy != "full":
             remedy += "; remat_policy=full needs less for each row"
     else:
-        remedy = "not even one row fits: set " + ", ".join(_savings(config)) + ", or use more devices"
+        remedy = "not even one row fits: set " + ", ".join(_savings(config, row)) + ", or use more devices"
     raise UserError(
-        f"per_device_batch_size={rows} with max_target_length={config.max_target_length} needs about "
+        f"per_device_batch_size={rows} with {row} needs about "
         f"{plan.total(rows) / GIB:.1f} GiB on each device, and {limit / GIB:.1f} GiB are free: {remedy}."
     )
 
 
-def _savings(config: SftConfig) -> list[str]:
+def _savings(config: TrainKeys, row: str) -> list[str]:
     changes = {
         "remat_policy=full": config.remat_policy != "full",
         "mu_dtype=bfloat16": config.mu_dtype != "bfloat16",
         "weight_dtype=bfloat16": config.weight_dtype != "bfloat16",
         "opt_type=adafactor": config.opt_type != "adafactor",
     }
-    return [change for change, open_ in changes.items() if open_] + ["a smaller max_target_length"]
+    return [change for change, open_ in changes.items() if open_] + [f"a smaller {row.partition('=')[0]}"]
 
 
 def of_program(compiled: jax.stages.Compiled) -> float | None:

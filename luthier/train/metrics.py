@@ -56,7 +56,7 @@ class Writer:
 
         self._path = folder / "metrics.jsonl"
         kept = _drop_after(self._path, resumed_at)
-        self.evaluations = {row["step"]: _evaluation(row) for row in kept if "eval/loss" in row}
+        self.evaluations = {row["step"]: found for row in kept if (found := _evaluation(row))}
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 

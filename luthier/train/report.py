@@ -6,43 +6,51 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
 from luthier.checkpoint import huggingface
 from luthier.checkpoint.card import model_card
-from luthier.data.chat import rendering
+from luthier.config import SftConfig
+from luthier.data.chat import prompt_rendering
 from luthier.data.preview import preview
 from luthier.data.source import TokenRows
 from luthier.memory import GIB, available, peak_resident
 from luthier.model import param
 from luthier.train import display, memory, metrics
-from luthier.train.job import Job
+from luthier.train.job import Job, step_rows
 
 Evaluations = dict[int, dict[str, float]]
 
 
 def header(
-    console: Console, job: Job, rows: TokenRows, held_out: TokenRows | None, total: int, place: Path, tokenizer: Any
+    console: Console,
+    job: Job[SftConfig],
+    plan: memory.Plan,
+    rows: TokenRows,
+    held_out: TokenRows | None,
+    total: int,
+    place: Path,
+    tokenizer: Any,
 ) -> None:
     """Print what is about to happen, and one example with its trained tokens marked."""
     config = job.config
-    plan = memory.estimate(config, job.model, job.mesh, job.compute).total(config.per_device_batch_size)
-    free = available(job.mesh)
+    free, needed = available(job.mesh), plan.total(config.per_device_batch_size)
     lines = {
         "model": f"{job.source.name} ({job.model.config.num_hidden_layers} layers)",
         "parameters": f"{display.quantity(param.count(job.model.spec))}, all trained, {config.weight_dtype}; "
         f"computed in {jnp.dtype(job.compute.dtype).name}",
-        "devices": _devices(job),
+        "devices": devices(job.mesh),
         "data": rows.report.summary(),
     }
     if held_out is not None:
         lines["held out"] = held_out.report.summary()
     lines |= {
-        "step": f"{job.step_rows} rows x {config.max_target_length} = "
-        f"{job.step_rows * config.max_target_length:,} tokens",
+        "step": f"{step_rows(job)} rows x {config.max_target_length} = "
+        f"{step_rows(job) * config.max_target_length:,} tokens",
         "training": f"{total} steps of {config.opt_type}, learning rate {config.learning_rate:g} "
         f"({config.lr_schedule_type})",
-        "memory": f"about {plan / GIB:.1f} GiB a device expected" + (f", {free / GIB:.1f} GiB free" if free else ""),
+        "memory": f"about {needed / GIB:.1f} GiB a device expected" + (f", {free / GIB:.1f} GiB free" if free else ""),
         "output": str(place),
     }
     display.table(console, "luthier sft", lines)
@@ -66,8 +74,8 @@ def compiled(console: Console, program: Any) -> None:
         console.print(f"The compiled step takes {size / GIB:.1f} GiB on each device.")
 
 
-def export(job: Job, params: param.Tree, tokenizer: Any, place: Path) -> None:
-    """Save the trained model as Transformers reads it, with a model card of the keys that were set."""
+def export(job: Job, command: str, params: param.Tree, tokenizer: Any, place: Path) -> None:
+    """Save the model that ``command`` trained as Transformers reads it, with a model card of the keys that were set."""
     config = job.config
     keys = config.model_dump(exclude_defaults=True, exclude={"hf_access_token"})
     huggingface.save(
@@ -77,8 +85,8 @@ def export(job: Job, params: param.Tree, tokenizer: Any, place: Path) -> None:
         job.source,
         tokenizer,
         dtype=config.save_dtype,
-        chat_template=rendering(config, tokenizer).template,
-        card=model_card(job.source, "sft", config.hf_path, keys),
+        chat_template=prompt_rendering(config, tokenizer).template,
+        card=model_card(job.source, command, config.hf_path, keys),
     )
 
 
@@ -96,7 +104,7 @@ def summary(console: Console, place: Path, evaluations: Evaluations) -> None:
     display.table(console, "Done", lines)
 
 
-def speeds(job: Job) -> dict[str, Any]:
+def speeds(job: Job[SftConfig]) -> dict[str, Any]:
     """Return what MFU is made of: the FLOPs of a token, and of all devices in a second where that is known."""
     c = job.model.config
     lookup = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # a look-up multiplies nothing
@@ -111,6 +119,7 @@ def speeds(job: Job) -> dict[str, Any]:
     }
 
 
-def _devices(job: Job) -> str:
-    axes = ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items() if size > 1)
-    return f"{job.mesh.size} x {job.mesh.devices.flat[0].device_kind}" + (f" ({axes})" if axes else "")
+def devices(mesh: Mesh) -> str:
+    """Return the devices of a mesh in words."""
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f" ({axes})" if axes else "")

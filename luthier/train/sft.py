@@ -13,9 +13,7 @@ if __name__ == "__main__":  # the command line is parsed before anything heavy i
 
     entry("sft")
 
-import contextlib
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +32,11 @@ from luthier.checkpoint.state import Checkpoints
 from luthier.config import SftConfig
 from luthier.data.source import Batches, TokenRows, batches
 from luthier.data.source import load as load_rows
-from luthier.errors import RunError, UserError
 from luthier.model.model import Model
 from luthier.model.param import Tree
-from luthier.train import display, folder, metrics, optimizer, report, step
+from luthier.train import display, folder, metrics, optimizer, report, saving, step
 from luthier.train.evaluation import evaluate
-from luthier.train.job import Job, Programs, compile_steps, load_state, prepare
+from luthier.train.job import Job, Programs, compile_steps, load_state, plan_memory, prepare, step_rows
 from luthier.train.log import Log
 from luthier.train.profile import Profile
 from luthier.train.signals import EXIT_CODES, Stop
@@ -49,7 +46,7 @@ from luthier.train.signals import EXIT_CODES, Stop
 class Run:
     """A job with its rows, its programs and its place in the world."""
 
-    job: Job
+    job: Job[SftConfig]
     rows: TokenRows
     held_out: TokenRows | None
     programs: Programs
@@ -72,21 +69,22 @@ def run(config: SftConfig) -> None:
     mesh = mesh_lib.make(config)
     with Stop() as stop, mesh_lib.use(mesh), ThreadPoolExecutor(1) as background:
         job = prepare(config, source, model, mesh)
+        plan = plan_memory(job)
         tokenizer = tokenizer_lib.load(source, config.tokenizer_path, config.hf_access_token)
         with display.counting(console, "Tokenising") as counted:
             rows, held_out = load_rows(config, tokenizer, counted)
         _check_rows(model, rows, held_out)
         total = total_steps(job, len(rows))
         folder.open_(config)
-        report.header(console, job, rows, held_out, total, place, tokenizer)
-        with _checkpoints(config, place) as checkpoints, _out_of_memory(config):
-            _check_done(checkpoints, total, place)
+        report.header(console, job, plan, rows, held_out, total, place, tokenizer)
+        with saving.checkpoints(config, place) as checkpoints, saving.out_of_memory(*_memory(config)):
+            saving.check_done(checkpoints, total, place)
             # Not sooner: compiling cannot be broken off, and nothing that a user mends should wait for it.
             programs = compile_steps(job, sft, background)
             state, data_state = load_state(job, checkpoints)
             this = Run(job, rows, held_out, programs, place, console, stop)
             state, evaluations = train(this, checkpoints, state, data_state)
-        report.export(job, state.params, tokenizer, place / "model")
+        report.export(job, "sft", state.params, tokenizer, place / "model")
         report.summary(console, place, evaluations)
 
 
@@ -144,9 +142,9 @@ def train(
     return state, writer.evaluations
 
 
-def total_steps(job: Job, rows: int) -> int:
+def total_steps(job: Job[SftConfig], rows: int) -> int:
     """Return the number of steps: ``steps`` or what ``num_epoch`` gives, whichever ends first."""
-    in_epochs = math.ceil(math.ceil(_epochs(job, rows) * rows) / job.step_rows)
+    in_epochs = math.ceil(math.ceil(_epochs(job, rows) * rows) / step_rows(job))
     return in_epochs if job.config.steps == -1 else min(job.config.steps, in_epochs)
 
 
@@ -160,15 +158,17 @@ def _look(this: Run, log: Log, evaluations: report.Evaluations, number: int, par
     log.evaluation(number, evaluations[number])
 
 
-def _epochs(job: Job, rows: int) -> float:
+def _epochs(job: Job[SftConfig], rows: int) -> float:
     """Return the passes over the rows: as asked for, or enough for the number of steps."""
     steps, epochs = job.config.steps, job.config.num_epoch
     if epochs is not None or steps == -1:
         return epochs or 1.0
-    return math.ceil(steps * job.step_rows / rows)
+    return math.ceil(steps * step_rows(job) / rows)
 
 
-def _batches(job: Job, rows: TokenRows, *, epochs: float, shuffle: bool, accumulate: int | None = None) -> Batches:
+def _batches(
+    job: Job[SftConfig], rows: TokenRows, *, epochs: float, shuffle: bool, accumulate: int | None = None
+) -> Batches:
     accumulate = accumulate or job.config.gradient_accumulation_steps
     return batches(
         rows.packed,
@@ -188,37 +188,15 @@ def _check_rows(model: Model, *splits: TokenRows | None) -> None:
             split.check_vocabulary(model.config.vocab_size)
 
 
-def _check_done(checkpoints: Checkpoints | None, total: int, place: Path) -> None:
-    done = checkpoints.latest() if checkpoints is not None else None
-    if done is not None and done > total:
-        raise UserError(
-            f"{place}: this run has taken {done} steps, and the command asks for {total}. "
-            "Give more steps (or num_epoch), or another run_name."
-        )
-
-
 def _names(rows: TokenRows, batch_rows: Any) -> str:
     places = [place for row in batch_rows.tolist() if row >= 0 for place in rows.places(row)]
     return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
 
 
-def _checkpoints(config: SftConfig, place: Path) -> contextlib.AbstractContextManager[Checkpoints | None]:
-    if not config.enable_checkpointing:
-        return contextlib.nullcontext()
-    return Checkpoints(
-        place / "checkpoints", keep=config.max_num_checkpoints_to_keep, asynchronous=config.async_checkpointing
+def _memory(config: SftConfig) -> tuple[str, str]:
+    """Return the settings that decide how much memory a step takes, and what to do about them."""
+    return (
+        f"per_device_batch_size={config.per_device_batch_size}, max_target_length={config.max_target_length}, "
+        f"remat_policy={config.remat_policy}",
+        "Lower the batch size (and raise gradient_accumulation_steps), or set remat_policy=full.",
     )
-
-
-@contextlib.contextmanager
-def _out_of_memory(config: SftConfig) -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise RunError(
-            f"out of device memory with per_device_batch_size={config.per_device_batch_size}, max_target_length="
-            f"{config.max_target_length}, remat_policy={config.remat_policy}. Lower the batch size (and raise "
-            f"gradient_accumulation_steps), or set remat_policy=full. ({str(error).splitlines()[0]})"
-        ) from None

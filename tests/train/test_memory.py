@@ -19,6 +19,9 @@ MODEL = Model.from_hf(
     TINY | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 1024}, "x"
 )
 
+ROWS = {"row_length": 256, "accumulates": False}
+ROW = "max_target_length=256"
+
 
 def config(**keys: object) -> SftConfig:
     return SftConfig(model_name="x", hf_path="y", max_target_length=256, **keys)
@@ -40,7 +43,7 @@ def compiled_bytes(keys: SftConfig, rows: int, compute: Compute) -> float:
 @pytest.mark.parametrize("policy", ["dots", "full"])
 def test_the_estimate_is_near_the_compilers_count(policy: str) -> None:
     keys, compute = config(remat_policy=policy), Compute(remat=policy)
-    plan = memory.estimate(keys, MODEL, mesh_lib.make(keys, jax.devices()[:1]), compute)
+    plan = memory.estimate(keys, MODEL, mesh_lib.make(keys, jax.devices()[:1]), compute, **ROWS)
     for rows in (4, 16):
         actual = compiled_bytes(keys, rows, compute)
         assert plan.total(rows) - memory.PROCESS == pytest.approx(actual, rel=0.35), rows
@@ -48,18 +51,18 @@ def test_the_estimate_is_near_the_compilers_count(policy: str) -> None:
 
 def test_a_plan_over_the_limit_says_what_fits() -> None:
     plan = memory.Plan(fixed=10 * GIB, per_row=2 * GIB)
-    memory.check(config(per_device_batch_size=4), plan, limit=18 * GIB)
-    memory.check(config(per_device_batch_size=4), plan, limit=14 * GIB)  # the estimate may be a third too high
-    memory.check(config(per_device_batch_size=400), plan, limit=None)
+    memory.check(config(per_device_batch_size=4), plan, limit=18 * GIB, row=ROW)
+    memory.check(config(per_device_batch_size=4), plan, limit=14 * GIB, row=ROW)  # the estimate may be a third too high
+    memory.check(config(per_device_batch_size=400), plan, limit=None, row=ROW)
     words = r"needs about 26\.0 GiB .* 18\.5 GiB are free: per_device_batch_size=4 fits"
     with pytest.raises(UserError, match=words) as no:
-        memory.check(config(per_device_batch_size=8), plan, limit=18.5 * GIB)
+        memory.check(config(per_device_batch_size=8), plan, limit=18.5 * GIB, row=ROW)
     assert "gradient_accumulation_steps=2 the step stays the same" in str(no.value)
     with pytest.raises(UserError, match="not even one row fits: set remat_policy=full, mu_dtype=bfloat16"):
-        memory.check(config(), plan, limit=11 * GIB)
+        memory.check(config(), plan, limit=11 * GIB, row=ROW)
 
 
 def test_more_devices_take_less_each() -> None:
     meshes = [mesh_lib.make(config(), jax.devices()[:n]) for n in (1, 8)]
-    one, eight = (memory.estimate(config(), MODEL, mesh, Compute()) for mesh in meshes)
+    one, eight = (memory.estimate(config(), MODEL, mesh, Compute(), **ROWS) for mesh in meshes)
     assert eight.fixed < one.fixed

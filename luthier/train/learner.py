@@ -1,0 +1,109 @@
+"""The updates of a step: completions become packed rows, rows become gradients, gradients an update.
+
+The number of micro-batches follows from how long completions are, so the host loops over them, and every program has
+one shape for the whole run.
+
+Left out on purpose: the programs themselves (``policy_step``), and where completions come from (``feed``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from luthier.config import RlConfig
+from luthier.data import groups as packing
+from luthier.data.groups import Layout, Packed
+from luthier.model.param import Tree
+from luthier.train import step
+from luthier.train.policy_step import Programs, unscored
+from luthier.train.rl_plan import Objective
+from luthier.train.step import TrainState
+from luthier.types import Trajectory
+
+Groups = Sequence[Sequence[Trajectory]]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The programs of the policy step and what feeds them; ``reference`` are the weights of the start, where needed."""
+
+    config: RlConfig
+    objective: Objective
+    layout: Layout
+    programs: Programs
+    mesh: Mesh
+    reference: Tree | None
+
+    def learn(self, state: TrainState, groups: Groups, learning_rate: float) -> tuple[TrainState, dict[str, float]]:
+        """Take the updates that ``groups`` serve; return the state and the step's numbers.
+
+        Numbers of several updates are their means, but for maxima and counts.
+        """
+        groups = self._with_policies(state.params, groups)
+        updates = []
+        for _ in range(self.config.num_iterations):
+            for part in parts(groups, self.config.num_mini_batches):
+                state, values = self._update(state, part, learning_rate)
+                updates.append(values)
+        return state, together([jax.device_get(values) for values in updates])
+
+    def _update(
+        self, state: TrainState, trajectories: Sequence[Trajectory], learning_rate: float
+    ) -> tuple[TrainState, Mapping[str, jax.Array]]:
+        total = self.programs.start.result()()
+        for micro in packing.pack(trajectories, self.layout):
+            placed = step.place(micro.batch, self.mesh)
+            total = self.programs.accumulate.result()(state.params, total, placed)
+        return self.programs.apply.result()(state, total, np.float32(learning_rate))
+
+    def _with_policies(self, params: Tree, groups: Groups) -> Groups:
+        """Return the completions with the log-probs of the policies that the loss holds the current one against."""
+        every = [one for group in groups for one in group]
+        if self.objective.old == "current":
+            every = [replace(one, old_logp_T=None) for one in every]
+        if self.objective.old == "trainer":
+            every = [replace(one, old_logp_T=logp_T) for one, logp_T in self._scored(params, every)]
+        if self.reference is not None:
+            every = [replace(one, reference_logp_T=logp_T) for one, logp_T in self._scored(self.reference, every)]
+        rest = iter(every)
+        return [[next(rest) for _ in group] for group in groups]
+
+    def _scored(self, params: Tree, trajectories: Sequence[Trajectory]) -> list[tuple[Trajectory, np.ndarray]]:
+        """Return each completion with the log-probs that a policy gives its tokens."""
+        program, micros = self.programs.score, packing.pack(trajectories, self.layout)
+        if program is None:
+            raise RuntimeError("the score program was not compiled")
+        values = [np.asarray(program.result()(params, self._unscored(micro))) for micro in micros]
+        return list(zip(trajectories, packing.unpack(micros, values, trajectories), strict=True))
+
+    def _unscored(self, micro: Packed) -> Any:
+        return step.place(unscored(micro.batch), self.mesh)
+
+
+def parts(groups: Groups, count: int) -> list[list[Trajectory]]:
+    """Return the completions of ``count`` mini-batches, groups whole and as evenly as they go; fewer if groups are."""
+    count = max(1, min(count, len(groups)))
+    edges = [len(groups) * number // count for number in range(count + 1)]
+    return [[one for group in groups[start:stop] for one in group] for start, stop in itertools.pairwise(edges)]
+
+
+def together(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the numbers of several updates as one: counts added up, maxima the greatest, all else the mean."""
+    joined = {}
+    for name in updates[0]:
+        values = [float(update[name]) for update in updates]
+        if name.startswith("num_"):
+            joined[name] = sum(values)
+        elif name.endswith("/max"):
+            joined[name] = 0.0 if max(values) == -math.inf else max(values)  # that of nothing at all
+        else:
+            joined[name] = sum(values) / len(values)
+    return joined

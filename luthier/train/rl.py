@@ -1,0 +1,248 @@
+"""Reinforcement learning, whole: prompts, groups of completions, rewards, advantages, policy steps, evaluation.
+
+``run`` reads top to bottom: what a user can get wrong is checked in the order of what it costs to check, the steps are
+compiled while weights are read, then comes the loop. Everything random follows from the seed and from how many prompts
+were taken, so that a resumed run samples what the run would have sampled.
+
+Left out on purpose: a value model (PPO), and rewards for parts of a completion.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the command line is parsed before anything heavy is imported
+    from luthier.cli import entry
+
+    entry("rl")
+
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from luthier import mesh as mesh_lib
+from luthier import runtime
+from luthier.checkpoint import source as source_lib
+from luthier.checkpoint import tokenizer as tokenizer_lib
+from luthier.checkpoint.state import Checkpoints
+from luthier.config import RlConfig
+from luthier.errors import RunError, UserError
+from luthier.model.model import Model
+from luthier.model.param import Tree
+from luthier.rollout import failures
+from luthier.rollout.workers import Scorers
+from luthier.train import display, folder, metrics, optimizer, report, rl_plan, rl_report, rl_setup, saving, step
+from luthier.train.feed import Ahead, Feed, InTurn
+from luthier.train.job import Job, load_state, prepare
+from luthier.train.learner import Learner
+from luthier.train.profile import Profile
+from luthier.train.rollout_files import RolloutFiles, show
+from luthier.train.sampler import Collected, Sampler, measures
+from luthier.train.signals import EXIT_CODES, Stop
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job with who samples, who learns, and its place in the world."""
+
+    job: Job[RlConfig]
+    sampler: Sampler
+    learner: Learner
+    total: int
+    place: Path
+    console: Console
+    stop: Stop
+
+
+def run(config: RlConfig) -> None:
+    """Run ``luthier rl``.
+
+    Raises UserError for what the user can mend, RunError where training cannot go on, and SystemExit with 143 or 130
+    after saving where a signal stopped it.
+    """
+    console = display.console()
+    source = source_lib.resolve(config)
+    place = folder.check(config)
+    model = Model.from_hf(source.config, source.name)
+    paths = rl_plan.reward_paths(config)
+    runtime.start(config)
+    trains, samples = (mesh_lib.make(config, devices) for devices in rl_plan.devices(config))
+    with Stop() as stop, mesh_lib.use(trains), ThreadPoolExecutor(1) as background:
+        job = prepare(config, source, model, trains)
+        objective = rl_plan.objective(config, job.compute.dtype)
+        tokenizer = tokenizer_lib.load(source, config.tokenizer_path, config.hf_access_token)
+        game = rl_setup.game(config, job, tokenizer)
+        tasks, held_out = rl_setup.tasks(config, game, console)
+        total = total_steps(config, len(tasks))
+        layout = rl_setup.layout(config, job, tasks)
+        plan = rl_setup.plan_memory(job, layout)
+        folder.open_(config)
+        with (
+            saving.out_of_memory(*rl_setup.memory_settings(config, layout)),
+            Scorers(
+                paths,
+                config.reward_kwargs,
+                workers=config.reward_workers,
+                timeout=config.reward_timeout,
+                output=place / "rewards.log",
+            ) as scorers,
+        ):
+            scorers.check_columns(tasks.columns, config.hf_path)
+            with saving.checkpoints(config, place) as checkpoints:
+                saving.check_done(checkpoints, total, place)
+                programs = rl_setup.compile_steps(job, objective, layout, background)
+                reference, state, data = load(job, checkpoints)
+                check_same(data, tasks.fingerprint, place)
+                engine = rl_setup.engine(job, state.params, samples, plan, tasks, held_out, tokenizer)
+                sampler = rl_setup.sampler(job, objective, game, engine, tasks, held_out, scorers, samples)
+                learner = Learner(config, objective, layout, programs, trains, reference)
+                rl_report.header(console, job, sampler, learner, plan, total, place)
+                this = Run(job, sampler, learner, total, place, console, stop)
+                state, evaluations = train(this, checkpoints, state, data)
+        report.export(job, "rl", state.params, tokenizer, place / "model")
+        rl_report.summary(console, place, evaluations)
+
+
+def train(
+    this: Run, checkpoints: Checkpoints | None, state: step.TrainState, data: dict[str, Any]
+) -> tuple[step.TrainState, report.Evaluations]:
+    """Take the steps that are left from ``state``; return the last state and the evaluations by step."""
+    config, done = this.job.config, data["step"]
+    if done:
+        this.console.print(f"Going on after step {done} of {this.total}.")
+    rate = optimizer.schedule(config, this.total)
+    profile = Profile(config, this.place / "profile", done + 1)
+    files = RolloutFiles(this.place / "rollouts", done)
+    with (
+        metrics.Writer(this.place, done) as writer,
+        display.Steps(this.console, this.total, done, rl_report.NUMBERS) as shown,
+    ):
+        feed = _feed(this, done, data["position"])
+        try:
+            _look(this, feed, writer, done)
+            this.stop.armed = True
+            for number in range(done + 1, this.total + 1):
+                profile.before(number, state)
+                started = time.perf_counter()
+                collected = feed.next()
+                files.write(collected)  # first, so that there is something to look at where the next line raises
+                _check_rewards(this, collected)
+                waited = time.perf_counter()
+                groups = [group.trajectories() for group in collected.kept]
+                learning_rate = rate(number - 1)
+                state, learned = this.learner.learn(state, [group for group in groups if group], learning_rate)
+                feed.publish(state.params, number)
+                finished = time.perf_counter()
+                seconds = collected.seconds | {"waiting": waited - started, "training": finished - waited}
+                numbers = learned | measures(collected) | {f"seconds/{name}": value for name, value in seconds.items()}
+                numbers |= {"learning_rate": learning_rate, "seconds": finished - started}
+                _report(this, writer, shown, collected, numbers)
+                stopped = this.stop.requested  # read once: a signal that comes later is for the next step
+                last = number == this.total or stopped is not None
+                if checkpoints is not None and (last or number % config.checkpoint_period == 0):
+                    checkpoints.save(number, state, _place_in_data(this, number, collected.position))
+                if stopped is not None:
+                    saved = "Nothing is saved" if checkpoints is None else "Saved: the same command goes on"
+                    this.console.print(f"Stopped by {stopped.name} after step {number}. {saved}.")
+                    raise SystemExit(EXIT_CODES[stopped])
+                if last or (config.eval_interval > 0 and number % config.eval_interval == 0):
+                    _look(this, feed, writer, number)
+            this.stop.armed = False
+            profile.close(state)
+        finally:
+            feed.close()
+    if this.stop.requested is not None:  # during the last step, which is saved
+        raise SystemExit(EXIT_CODES[this.stop.requested])
+    return state, writer.evaluations
+
+
+def total_steps(config: RlConfig, prompts: int) -> int:
+    """Return the number of steps: ``steps`` or what ``num_epoch`` gives, whichever ends first."""
+    epochs = config.num_epoch or (1.0 if config.steps == -1 else math.inf)
+    in_epochs = math.inf if math.isinf(epochs) else math.ceil(epochs * prompts / config.prompts_per_step)
+    return int(in_epochs if config.steps == -1 else min(config.steps, in_epochs))
+
+
+def load(job: Job[RlConfig], checkpoints: Checkpoints | None) -> tuple[Tree | None, step.TrainState, dict[str, Any]]:
+    """Return the reference policy's weights, where one is asked for, the train state, and the place in the data."""
+    reference = rl_setup.reference(job) if job.config.beta else None
+    state, data = load_state(job, checkpoints)
+    return reference, state, data or {"step": 0, "position": 0}
+
+
+def _feed(this: Run, done: int, position: int) -> Feed:
+    config = this.job.config
+    if not config.max_staleness:
+        return InTurn(this.sampler, done + 1, position)
+    return Ahead(this.sampler, this.job.model.spec, done + 1, this.total, position, config.max_staleness)
+
+
+def _look(this: Run, feed: Feed, writer: metrics.Writer, number: int) -> None:
+    """Evaluate on the held-out prompts, if there are any, and this was not done before the run was resumed."""
+    if this.sampler.held_out is None or number in writer.evaluations:
+        return
+    values, failed = feed.ask(Sampler.evaluate)
+    writer.evaluations[number] = values
+    writer.write(number, {f"eval/{name}": value for name, value in values.items()})
+    rl_report.evaluation(this.console, number, values)
+    _warn_of(this, failed, f"held-out prompts at step {number}")
+
+
+def _check_rewards(this: Run, collected: Collected) -> None:
+    """Warn of rewards that failed or teach nothing. Raises RunError where too many failed, or none is there at all."""
+    limit, place = this.job.config.max_reward_failures, f"step {collected.number}"
+    failures.check(collected.failures, collected.completions, limit)
+    _warn_of(this, collected.failures, place)
+    if not collected.rewarded:
+        why = "what did not fail gave None" if collected.failures else "each function gave None"
+        raise RunError(
+            f"{place}: not one of {collected.completions} completions has a reward: {why}. Are "
+            f"reward_functions={list(collected.names)} the right ones for these rows?"
+        )
+    if not collected.trained:
+        display.warn(this.console, rl_report.nothing_trained(collected, this.sampler.habits))
+
+
+def _warn_of(this: Run, failed: Sequence[failures.Failure], place: str) -> None:
+    if failed:
+        lost = sum(failure.lost for failure in failed)
+        display.warn(this.console, f"{place}: {lost} rewards failed. The first: {failed[0]}")
+
+
+def _report(
+    this: Run, writer: metrics.Writer, shown: display.Steps, collected: Collected, numbers: dict[str, float]
+) -> None:
+    """Write and show the numbers of a step. Raises RunError where the step went wrong."""
+    config, number = this.job.config, collected.number
+    if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+        raise RunError(
+            f"step {number}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}. Nothing of this step is "
+            f"saved; an earlier checkpoint stands. Its completions are in {this.place}/rollouts. Lower learning_rate, "
+            "in a run of another run_name."
+        )
+    numbers["tokens_per_second"] = numbers["num_tokens"] / numbers["seconds"]
+    shown.update(number, numbers)
+    if number % config.log_period == 0:
+        writer.write(number, numbers)
+    if config.log_completions_steps and (number == 1 or number % config.log_completions_steps == 0):
+        show(this.console, collected)
+    apart = numbers["sampling/logp_difference/mean"]
+    if apart > config.max_logp_difference:
+        display.warn(this.console, rl_report.mismatch(config, this.job.compute.dtype, number, apart))
+
+
+def _place_in_data(this: Run, number: int, position: int) -> dict[str, Any]:
+    return {"step": number, "position": position, "prompts": this.sampler.tasks.fingerprint}
+
+
+def check_same(data: dict[str, Any], fingerprint: str, place: Path) -> None:
+    """Raise UserError where a run is resumed on other prompts than it was begun with."""
+    if data["step"] and data["prompts"] != fingerprint:
+        raise UserError(
+            f"{place}: the prompts are not those that the run was begun with: the dataset, tokenizer, chat template, "
+            "system_prompt, shuffling or seed has changed. Restore it, or give another run_name."
+        )

@@ -1,0 +1,222 @@
+"""What `luthier rl` puts together before its loop: prompts, shapes, programs, the engine, the sampler.
+
+Left out on purpose: what follows from keys alone (``rl_plan``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from luthier import mesh as mesh_lib
+from luthier.config import RlConfig
+from luthier.data import chat, source
+from luthier.data.groups import Layout
+from luthier.data.rows import Rows
+from luthier.errors import UserError
+from luthier.memory import GIB, available
+from luthier.model import attention, param
+from luthier.model.param import Tree
+from luthier.rollout import environment, opened, prompts
+from luthier.rollout.engine import Sampling
+from luthier.rollout.environment import Edge, Environment
+from luthier.rollout.local import LocalEngine
+from luthier.rollout.opened import Described
+from luthier.rollout.workers import Scorers
+from luthier.train import display, memory, policy_step
+from luthier.train.job import Job, initial_params
+from luthier.train.policy_step import Policy, Programs
+from luthier.train.rl_plan import Objective
+from luthier.train.sampler import Sampler
+from luthier.train.tasks import Tasks
+
+ROW_LENGTHS = (1024, 2048)
+"""Tokens of a packed row: at least, since each micro-batch adds up a whole gradient, and at most, since attention looks
+at whole rows. A step that has fewer takes shorter rows, a completion that has more longer ones."""
+MOST_SEQUENCES = 64
+"""The most completions of a packed row, where a group has no more."""
+
+
+@dataclass(frozen=True)
+class Game:
+    """How completions are drawn, and what makes the environment that answers them, if there is one."""
+
+    tokenizer: Any
+    sampling: Sampling
+    make_environment: Callable[[], Environment] | None
+
+
+def game(config: RlConfig, job: Job[RlConfig], tokenizer: Any) -> Game:
+    """Return what is played. Raises UserError for an environment that is none."""
+    sampling = opened.sampling(config, Described(job.source, job.model, tokenizer))
+    edge = Edge(tokenizer, chat.prompt_rendering(config, tokenizer), sampling.stop_token_ids)
+    if not config.environment:
+        return Game(tokenizer, sampling, None)
+    return Game(tokenizer, sampling, environment.load(config.environment, config.environment_kwargs, edge))
+
+
+def tasks(config: RlConfig, played: Game, console: Console) -> tuple[Tasks, Tasks | None]:
+    """Return the prompts to train on and the held-out ones. Raises UserError for rows that ask nothing."""
+    train, held_out = source.open_rows(config)
+    trained = _tasks(config, train, played, console, shuffle=config.enable_data_shuffling)
+    return trained, None if held_out is None else _tasks(config, held_out, played, console, shuffle=False)
+
+
+def layout(config: RlConfig, job: Job[RlConfig], trained: Tasks) -> Layout:
+    """Return the shapes of the policy step: rows for one group or several, where that is not too long.
+
+    Raises UserError where ``row_length`` does not hold the longest prompt and its completion.
+    """
+    longest, limit = trained.longest, config.max_new_tokens
+    if config.row_length and config.row_length < longest + limit:
+        raise UserError(
+            f"row_length={config.row_length} does not hold the longest prompt ({longest} tokens) and max_new_tokens="
+            f"{limit}: give at least {longest + limit}, or leave long prompts out by max_prompt_length."
+        )
+    group = longest + config.num_generations * limit
+    update = group * config.prompts_per_step // config.num_mini_batches
+    least, most = ROW_LENGTHS
+    usual = max(longest + limit, min(most, max(group, least), -(-update // job.batch_rows)))
+    row_length = config.row_length or -(-usual // 16) * 16
+    own = config.num_generations * limit / (trained.shortest + config.num_generations * limit)
+    return Layout(
+        rows=job.batch_rows,
+        row_length=row_length,
+        scored=math.ceil(row_length * own),  # no group has a greater share of tokens of its own
+        sequences=max(config.num_generations, min(MOST_SEQUENCES, row_length // 16)),
+        completion_length=limit,
+        shared=attention.shares_prompts(job.compute.attention, job.compute.dtype, job.model.config.head_dim),
+    )
+
+
+def memory_settings(config: RlConfig, shapes: Layout) -> tuple[str, str]:
+    """Return the settings that decide how much memory a step takes, and what to do about them."""
+    return (
+        f"per_device_batch_size={config.per_device_batch_size}, row_length={shapes.row_length}, "
+        f"remat_policy={config.remat_policy}",
+        "Lower row_length or per_device_batch_size, give the cache less (kv_cache_gib), or set remat_policy=full.",
+    )
+
+
+def plan_memory(job: Job[RlConfig], shapes: Layout) -> memory.Plan:
+    """Return the bytes that the policy step takes. Raises UserError where they are more than there are."""
+    config = job.config
+    plan = memory.estimate(config, job.model, job.mesh, job.compute, row_length=shapes.row_length, accumulates=True)
+    plan = replace(plan, fixed=plan.fixed + memory.sampling(config, job.model, job.mesh, job.compute))
+    memory.check(config, plan, available(job.mesh), f"row_length={shapes.row_length}")
+    return plan
+
+
+def compile_steps(job: Job[RlConfig], objective: Objective, shapes: Layout, background: ThreadPoolExecutor) -> Programs:
+    """Start compiling the programs of the policy step."""
+    policy = Policy(
+        job.model,
+        objective.loss,
+        job.compute,
+        temperature=job.config.temperature,
+        entropy=objective.entropy,
+        own_old=objective.old == "trainer",
+    )
+    return policy_step.compile_steps(
+        policy,
+        job.optimizer,
+        job.abstract_state,
+        shapes,
+        job.mesh,
+        background,
+        reference=job.config.beta > 0,
+        old=objective.old != "current",
+        scores=objective.old == "trainer" or job.config.beta > 0,
+    )
+
+
+def reference(job: Job[RlConfig]) -> Tree:
+    """Return the weights that the run starts from, once more, to be kept as they are."""
+    return initial_params(job)
+
+
+def engine(
+    job: Job[RlConfig],
+    params: Tree,
+    mesh: Mesh,
+    plan: memory.Plan,
+    trained: Tasks,
+    held_out: Tasks | None,
+    tokenizer: Any,
+) -> LocalEngine:
+    """Return the engine on ``mesh``, its cache made for a whole step, so that it never grows.
+
+    Of what memory the policy step leaves, the cache takes what it needs. Raises UserError where nothing fits.
+    """
+    config, free = job.config, available(mesh)
+    keys = config
+    if config.kv_cache_gib is None and free is not None:
+        left = free if config.max_staleness else free - plan.total(config.per_device_batch_size)
+        keys = config.model_copy(update={"kv_cache_gib": max(left, 0.1 * free) / GIB})
+    weights = params if mesh == job.mesh else jax.device_put(params, param.shardings(job.model.spec, mesh))
+    with mesh_lib.use(mesh):
+        found = LocalEngine(
+            job.model,
+            weights,
+            job.compute,
+            mesh,
+            keys,
+            tokenizer=tokenizer,
+            context_length=job.source.config.get("max_position_embeddings"),
+            seed=config.seed,
+        )
+        longest = max(each.longest for each in (trained, held_out) if each is not None)
+        length = longest + config.max_new_tokens
+        sequences = config.prompts_per_step * config.num_generations
+        found.reserve(sequences, min(length, found.limits.length or length))
+        found.warm_up(longest=length if config.environment else longest)
+    return found
+
+
+def sampler(
+    job: Job[RlConfig],
+    objective: Objective,
+    played: Game,
+    found: LocalEngine,
+    trained: Tasks,
+    held_out: Tasks | None,
+    scorers: Scorers,
+    mesh: Mesh,
+) -> Sampler:
+    """Return what collects steps."""
+    return Sampler(
+        config=job.config,
+        engine=found,
+        tasks=trained,
+        held_out=held_out,
+        scorers=scorers,
+        habits=objective.habits,
+        sampling=played.sampling,
+        make_environment=played.make_environment,
+        tokenizer=played.tokenizer,
+        mesh=mesh,
+    )
+
+
+def _tasks(config: RlConfig, rows: Rows, played: Game, console: Console, *, shuffle: bool) -> Tasks:
+    chosen = prompts.choose(config, rows)
+    asked = prompts.read(rows, chosen, config.system_prompt)
+    ids = prompts.encode(config, asked, played.tokenizer)
+    if played.make_environment is not None:
+        ids = environment.openings(played.make_environment, asked, ids)
+    limits = [config.max_prompt_length, config.max_target_length - config.max_new_tokens]
+    limit = min((limit for limit in limits if limit > 0), default=None)
+    long = set() if limit is None else set(prompts.overlong(ids, limit))
+    if long:
+        display.warn(console, f"{len(long):,} of {len(ids):,} prompts have over {limit} tokens, and are left out.")
+    kept = [index for index in range(len(ids)) if index not in long]
+    if not kept:
+        raise UserError(f"{rows.source}: no prompt of at most {limit} tokens. Raise max_prompt_length.")
+    return Tasks([asked[index] for index in kept], [ids[index] for index in kept], config.seed, shuffle)
