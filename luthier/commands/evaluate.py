@@ -38,7 +38,7 @@ def run(config: EvalConfig) -> None:
     """
     console = display.console()
     place = _folder(config)
-    rewards = reward.load(_named(config))
+    rewards = reward.load(_named(config), config.reward_kwargs)
     rows = open_rows(config)
     asked = _prompts(config, rows, rewards) if rewards else []
     chosen = None if rewards else source.selection(config, rows)

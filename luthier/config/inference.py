@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Self
+from typing import Any, Self
 
 from pydantic import model_validator
 
@@ -83,6 +83,7 @@ class EvalConfig(InferenceKeys, MaskKeys, DatasetKeys):
         "What scores completions: built-in names, `package.module.function` or `path/to/file.py:function`. Empty: the "
         "verifier of `reasoning_gym:TASK`; elsewhere nothing is sampled, and the rows' own tokens are scored.",
     )
+    reward_kwargs: dict[str, dict[str, Any]] = key({}, "Settings of reward functions, by name.")
     system_prompt: str = key("", "System message before prompts that have none.")
     num_generations: PositiveInt = key(1, "Completions of each prompt.", "num_return_sequences", "n")
     pass_at_k: list[int] = key([], "The k of pass@k and maj@k. Default: 1, 2, 4, ... up to `num_generations`.")

@@ -83,10 +83,11 @@ def results(folder: Path, name: str = "eval") -> tuple[dict, list[dict]]:
 
 @pytest.fixture(scope="module")
 def first(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with three functions, one of which has no opinion of one prompt."""
+    """The folder of a run with several functions, one of which has no opinion of one prompt, and one settings."""
     folder = tmp_path_factory.mktemp("runs")
-    functions = f"['{rows}/own.py:even', '{rows}/own.py:halves', '{rows}/own.py:seldom', 'final_number']"
-    assert cli.main(["eval", *keys(tiny_model, rows, folder, reward_functions=functions, pass_threshold=0.5)]) == 0
+    functions = f"['{rows}/own.py:even', '{rows}/own.py:halves', '{rows}/own.py:seldom', 'final_number', 'length']"
+    chosen = {"reward_functions": functions, "reward_kwargs": '{"length": {"maximum": 7}}', "pass_threshold": 0.5}
+    assert cli.main(["eval", *keys(tiny_model, rows, folder, **chosen)]) == 0
     return folder
 
 
@@ -133,6 +134,12 @@ def test_the_same_command_gives_the_same_completions(first, tiny_model, rows, tm
     said = [{(line["index"], line["sample"]): line["completion"] for line in results(*place)[1]} for place in
             ((first,), (tmp_path,), (tmp_path, "other"))]  # fmt: skip
     assert said[0] == said[1] != said[2]
+
+
+def test_a_function_has_its_settings(first):
+    _, lines = results(first)
+    assert {line["completion_tokens"] for line in lines} > {8}
+    assert all((line["rewards"]["length"] == 1.0) == (line["completion_tokens"] < 8) for line in lines)
 
 
 def test_results_are_not_overwritten(first, tiny_model, rows, capsys):
