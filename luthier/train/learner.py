@@ -58,23 +58,26 @@ class Learner:
     def _update(
         self, state: TrainState, trajectories: Sequence[Trajectory], learning_rate: float
     ) -> tuple[TrainState, Mapping[str, jax.Array]]:
-        total = self.programs.start.result()()
-        for micro in packing.pack(trajectories, self.layout):
+        # Groups whose rewards are all alike are often half of them, and need but be counted.
+        idle = [one for one in trajectories if self.objective.is_idle(one)]
+        worth = [one for one in trajectories if not self.objective.is_idle(one)]
+        total = self.programs.start.result()(np.float32(self.objective.weight(idle)))
+        for micro in packing.pack(worth, self.layout):
             placed = step.place(micro.batch, self.mesh)
             total = self.programs.accumulate.result()(state.params, total, placed)
         return self.programs.apply.result()(state, total, np.float32(learning_rate))
 
     def _with_policies(self, params: Tree, groups: Groups) -> Groups:
         """Return the completions with the log-probs of the policies that the loss holds the current one against."""
-        every = [one for group in groups for one in group]
+        worth = [one for group in groups for one in group if not self.objective.is_idle(one)]
         if self.objective.old == "current":
-            every = [replace(one, old_logp_T=None) for one in every]
+            worth = [replace(one, old_logp_T=None) for one in worth]
         if self.objective.old == "trainer":
-            every = [replace(one, old_logp_T=logp_T) for one, logp_T in self._scored(params, every)]
+            worth = [replace(one, old_logp_T=logp_T) for one, logp_T in self._scored(params, worth)]
         if self.reference is not None:
-            every = [replace(one, reference_logp_T=logp_T) for one, logp_T in self._scored(self.reference, every)]
-        rest = iter(every)
-        return [[next(rest) for _ in group] for group in groups]
+            worth = [replace(one, reference_logp_T=logp_T) for one, logp_T in self._scored(self.reference, worth)]
+        rest = iter(worth)
+        return [[one if self.objective.is_idle(one) else next(rest) for one in group] for group in groups]
 
     def _scored(self, params: Tree, trajectories: Sequence[Trajectory]) -> list[tuple[Trajectory, np.ndarray]]:
         """Return each completion with the log-probs that a policy gives its tokens."""

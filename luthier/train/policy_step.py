@@ -52,9 +52,10 @@ class Policy:
 class Programs:
     """The promises of the compiled programs; they take batches as ``step.place`` puts them.
 
-    ``start() -> Running``; ``accumulate(params, running, micro) -> Running``, to which the running sum is donated;
-    ``apply(state, running, learning_rate) -> (state, metrics)``, to which the state is donated, and which changes
-    nothing but the number of the step where the loss weighs nothing; ``score(params, micro) -> logp [B, S, C]``.
+    ``start(weight) -> Running``, a sum of nothing that weighs as much as what need not be computed;
+    ``accumulate(params, running, micro) -> Running``, to which the running sum is donated; ``apply(state, running,
+    learning_rate) -> (state, metrics)``, to which the state is donated, and which changes nothing but the number of
+    the step where the loss weighs nothing; ``score(params, micro) -> logp [B, S, C]``.
     """
 
     start: Future[Callable[..., Any]]
@@ -96,7 +97,7 @@ def compile_steps(
     score = submit(_scored(policy), state.params, unscored(micro), out_shardings=by_row) if scores else None
     return Programs(
         score=score,
-        start=submit(lambda: step.nothing(total), out_shardings=placed),
+        start=submit(_started(total), jax.ShapeDtypeStruct((), jnp.float32), out_shardings=placed),
         accumulate=submit(_accumulated(policy), state.params, total, micro, donate_argnums=1, out_shardings=placed),
         apply=submit(_applied(optimizer), state, total, rate, donate_argnums=0, out_shardings=outputs),
     )
@@ -147,6 +148,14 @@ def objective(policy: Policy) -> step.Objective:
         )
 
     return loss_of
+
+
+def _started(like: step.Running) -> Callable[..., step.Running]:
+    def start(weight: jax.Array) -> step.Running:
+        empty = step.nothing(like)
+        return replace(empty, loss=replace(empty.loss, weight=weight))
+
+    return start
 
 
 def _accumulated(policy: Policy) -> Callable[..., step.Running]:

@@ -18,7 +18,7 @@ from luthier.algorithms.policy import Habits
 from luthier.config import RlConfig
 from luthier.data import reasoning
 from luthier.errors import UserError
-from luthier.types import Loss
+from luthier.types import Loss, Trajectory
 
 ROUNDING = 0.01
 """A clip range under this is narrower than what bf16 makes of equal policies."""
@@ -37,6 +37,15 @@ class Objective:
     habits: Habits
     old: Literal["sampler", "trainer", "current"]
     entropy: bool
+
+    def is_idle(self, one: Trajectory) -> bool:
+        """Say whether a completion has no part in the gradient: its advantage is 0, and nothing else acts on it."""
+        return one.advantage == 0 and not self.settings["beta"] and not self.entropy
+
+    def weight(self, trajectories: Sequence[Trajectory]) -> float:
+        """Return what completions weigh in the loss, as its ``Loss.weight`` says."""
+        tokens = [int(one.mask_T.sum()) for one in trajectories]
+        return float(sum(tokens) if self.settings.get("loss_aggregation") == "token" else sum(map(bool, tokens)))
 
 
 def objective(config: RlConfig, dtype: Any) -> Objective:

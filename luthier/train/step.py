@@ -96,7 +96,8 @@ def updated(
 def means(loss: Loss) -> Metrics:
     """Return the loss and its metrics, divided by what they weigh; 0 where nothing was weighed."""
     metrics = {name: masked.ratio(*pair) for name, pair in loss.metrics.items()}
-    return {"loss": masked.ratio(loss.sum, loss.weight), **metrics, **loss.maxima, **loss.counts}
+    maxima = {name: jnp.where(jnp.isneginf(value), 0.0, value) for name, value in loss.maxima.items()}
+    return {"loss": masked.ratio(loss.sum, loss.weight), **metrics, **maxima, **loss.counts}
 
 
 def make_train_step(

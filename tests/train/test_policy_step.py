@@ -65,7 +65,7 @@ class Steps:
 
     def take(self, ours: list[Trajectory], learning_rate: float = 1.0) -> dict[str, float]:
         """Take a step on these completions; return its metrics."""
-        running = self.programs.start.result()()
+        running = self.programs.start.result()(np.float32(0))
         for micro in pack(ours, self.layout):
             placed = step.place(micro.batch, self.mesh)
             running = self.programs.accumulate.result()(self.state.params, running, placed)
