@@ -22,6 +22,8 @@ from luthier.config.groups import (
 from luthier.keys import Keys, key
 
 GSM8K = "openai/gsm8k"
+TOOLS = ("calculator",)
+"""The built-in environments, which answer the model and reward nothing."""
 
 
 class PolicyKeys(Keys):
@@ -87,8 +89,8 @@ class RewardKeys(Keys):
 
     reward_functions: list[str] = key(
         [],
-        "Built-in names, `package.module.function` or `path/to/file.py:function`. Empty: the verifier of "
-        "`reasoning_gym:TASK`, the reward of the environment, else `math`.",
+        "Built-in names, `package.module.function` or `path/to/file.py:function`. Empty: the reward of an environment "
+        "of your own, the verifier of `reasoning_gym:TASK`, else `math`.",
     )
     reward_weights: list[float] = key([], "Weight of each; empty: 1 each.")
     reward_kwargs: dict[str, dict[str, Any]] = key({}, "Settings of reward functions, by name.")
@@ -153,6 +155,11 @@ class RlConfig(PolicyKeys, RewardKeys, RolloutKeys, SampleKeys, EngineKeys, Trai
     )
     warmup_steps_fraction: Fraction = key(0.0, "Share of the steps spent warming up.")
 
+    @property
+    def environment_rewards(self) -> bool:
+        """Whether rewards come from the environment, too."""
+        return self.environment not in ("", *TOOLS)
+
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,8 +187,8 @@ def _groups(config: RlConfig) -> str | None:
             )
     if config.num_generations == 1 and config.zero_variance_groups in ("drop", "resample"):
         return (
-            f"zero_variance_groups={config.zero_variance_groups} leaves nothing of num_generations=1, whose rewards are "
-            "always alike: leave it out"
+            f"zero_variance_groups={config.zero_variance_groups} leaves nothing with num_generations=1, where no group "
+            "has any variance: leave it out"
         )
     if config.prompts_per_step % config.num_mini_batches:
         return (
@@ -225,9 +232,10 @@ def _devices(config: RlConfig) -> str | None:
 
 
 def _rewards(config: RlConfig) -> str | None:
-    count, weights = max(len(config.reward_functions) + bool(config.environment), 1), len(config.reward_weights)
+    count, weights = len(config.reward_functions) + config.environment_rewards, len(config.reward_weights)
+    count = count or 1  # the default function
     if weights and weights != count:
-        also = ", the last for the environment's own" if config.environment else ""
+        also = ", the last for the environment's own" if config.environment_rewards else ""
         return f"reward_weights has {weights} numbers for {count} rewards: give one for each{also}"
     unknown = [name for name in config.reward_kwargs if not any(name in path for path in config.reward_functions)]
     if unknown and config.reward_functions:

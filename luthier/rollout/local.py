@@ -58,10 +58,12 @@ class LocalEngine:
         tokenizer: Any = None,
         context_length: int | None = None,
         seed: int = 0,
+        version: int = 0,
     ) -> None:
         """Take a model; the cache is made when it is known what is wanted of it, or by ``reserve``.
 
         ``tokenizer`` finds stop texts; ``context_length`` is how many tokens the model was made for, None for any.
+        ``version`` is that of the weights, as in ``sync``.
         """
         dtype = compute.dtype if keys.kv_cache_dtype == "auto" else jnp.dtype(keys.kv_cache_dtype)
         self.limits = Limits(keys, context_length, model.cache_lines, dtype, mesh)
@@ -71,7 +73,7 @@ class LocalEngine:
         self._cancelled: list[Drawing] = []
         self._numbers = itertools.count()
         self._hold(NOTHING, {})
-        self.sync(params)
+        self.sync(params, version)
 
     def sync(self, params: Tree, version: int = 0) -> None:
         """Sample from these weights from now on, sequences that are under way included.

@@ -22,7 +22,6 @@ from luthier.model import param
 from luthier.model.param import Tree
 from luthier.train.sampler import Collected, Sampler
 
-
 Question = Callable[[Sampler, Callable[[], None] | None], Any]
 """Called with the sampler and with what is to be called between chunks of tokens."""
 

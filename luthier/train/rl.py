@@ -97,7 +97,7 @@ def run(config: RlConfig) -> None:
                 programs = rl_setup.compile_steps(job, objective, layout, background)
                 reference, state, data = load(job, checkpoints)
                 check_same(data, tasks.fingerprint, place)
-                engine = rl_setup.engine(job, state.params, samples, plan, tasks, held_out, tokenizer)
+                engine = rl_setup.engine(job, state.params, data["step"], samples, plan, tasks, held_out, tokenizer)
                 sampler = rl_setup.sampler(job, objective, game, engine, tasks, held_out, scorers, samples)
                 learner = Learner(config, objective, layout, programs, trains, reference)
                 rl_report.header(console, job, sampler, learner, plan, total, place)
@@ -115,7 +115,7 @@ def train(
     if done:
         this.console.print(f"Going on after step {done} of {this.total}.")
     rate = optimizer.schedule(config, this.total)
-    profile = Profile(config, this.place / "profile", done + 1)
+    profile, apart = Profile(config, this.place / "profile", done + 1), False
     files = RolloutFiles(this.place / "rollouts", done)
     with (
         metrics.Writer(this.place, done) as writer,
@@ -130,7 +130,7 @@ def train(
                 started = time.perf_counter()
                 collected = feed.next()
                 files.write(collected)  # first, so that there is something to look at where the next line raises
-                _check_rewards(this, collected)
+                _check(this, collected)
                 waited = time.perf_counter()
                 groups = [group.trajectories() for group in collected.kept]
                 learning_rate = rate(number - 1)
@@ -140,7 +140,7 @@ def train(
                 seconds = collected.seconds | {"waiting": waited - started, "training": finished - waited}
                 numbers = learned | measures(collected) | {f"seconds/{name}": value for name, value in seconds.items()}
                 numbers |= {"learning_rate": learning_rate, "seconds": finished - started}
-                _report(this, writer, shown, collected, numbers)
+                apart = _report(this, writer, shown, collected, numbers, apart)
                 stopped = this.stop.requested  # read once: a signal that comes later is for the next step
                 last = number == this.total or stopped is not None
                 if checkpoints is not None and (last or number % config.checkpoint_period == 0):
@@ -149,8 +149,7 @@ def train(
                     saved = "Nothing is saved" if checkpoints is None else "Saved: the same command goes on"
                     this.console.print(f"Stopped by {stopped.name} after step {number}. {saved}.")
                     raise SystemExit(EXIT_CODES[stopped])
-                if last or (config.eval_interval > 0 and number % config.eval_interval == 0):
-                    _look(this, feed, writer, number)
+                _look(this, feed, writer, number)
             this.stop.armed = False
             profile.close(state)
         finally:
@@ -182,8 +181,10 @@ def _feed(this: Run, done: int, position: int) -> Feed:
 
 
 def _look(this: Run, feed: Feed, writer: metrics.Writer, number: int) -> None:
-    """Evaluate on the held-out prompts, if there are any, and this was not done before the run was resumed."""
-    if this.sampler.held_out is None or number in writer.evaluations:
+    """Evaluate on the held-out prompts, if there are any, it is time to, and a run that is resumed has not done so."""
+    interval = this.job.config.eval_interval
+    due = number in (0, this.total) or (interval > 0 and number % interval == 0)
+    if this.sampler.held_out is None or not due or number in writer.evaluations:
         return
     values, failed = feed.ask(Sampler.evaluate)
     writer.evaluations[number] = values
@@ -192,8 +193,14 @@ def _look(this: Run, feed: Feed, writer: metrics.Writer, number: int) -> None:
     _warn_of(this, failed, f"held-out prompts at step {number}")
 
 
-def _check_rewards(this: Run, collected: Collected) -> None:
-    """Warn of rewards that failed or teach nothing. Raises RunError where too many failed, or none is there at all."""
+def _check(this: Run, collected: Collected) -> None:
+    """Warn of rewards that failed or teach nothing.
+
+    Raises RunError where too many failed, none is there at all, or the model that sampled gives no numbers any more,
+    which the loss does not show where nothing is trained.
+    """
+    if not collected.finite:
+        raise _diverged(this, collected.number, "log-probs of the sampler that are no numbers")
     limit, place = this.job.config.max_reward_failures, f"step {collected.number}"
     failures.check(collected.failures, collected.completions, limit)
     _warn_of(this, collected.failures, place)
@@ -214,25 +221,38 @@ def _warn_of(this: Run, failed: Sequence[failures.Failure], place: str) -> None:
 
 
 def _report(
-    this: Run, writer: metrics.Writer, shown: display.Steps, collected: Collected, numbers: dict[str, float]
-) -> None:
-    """Write and show the numbers of a step. Raises RunError where the step went wrong."""
+    this: Run,
+    writer: metrics.Writer,
+    shown: display.Steps,
+    collected: Collected,
+    numbers: dict[str, float],
+    was_apart: bool,
+) -> bool:
+    """Write and show the numbers of a step, and return whether sampler and trainer are too far apart.
+
+    It is said where they were not before. Raises RunError where the step went wrong.
+    """
     config, number = this.job.config, collected.number
     if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
-        raise RunError(
-            f"step {number}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}. Nothing of this step is "
-            f"saved; an earlier checkpoint stands. Its completions are in {this.place}/rollouts. Lower learning_rate, "
-            "in a run of another run_name."
-        )
+        raise _diverged(this, number, f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
     numbers["tokens_per_second"] = numbers["num_tokens"] / numbers["seconds"]
     shown.update(number, numbers)
     if number % config.log_period == 0:
         writer.write(number, numbers)
     if config.log_completions_steps and (number == 1 or number % config.log_completions_steps == 0):
         show(this.console, collected)
-    apart = numbers["sampling/logp_difference/mean"]
-    if apart > config.max_logp_difference:
-        display.warn(this.console, rl_report.mismatch(config, this.job.compute.dtype, number, apart))
+    difference = numbers["sampling/logp_difference/mean"]
+    is_apart = difference > config.max_logp_difference
+    if is_apart and not was_apart:
+        display.warn(this.console, rl_report.mismatch(config, this.job.compute.dtype, number, difference))
+    return is_apart
+
+
+def _diverged(this: Run, number: int, what: str) -> RunError:
+    return RunError(
+        f"step {number}: {what}. Nothing of this step is saved; an earlier checkpoint stands. Its completions are in "
+        f"{this.place}/rollouts. Lower learning_rate, in a run of another run_name."
+    )
 
 
 def _place_in_data(this: Run, number: int, position: int) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def advice(config: RlConfig) -> list[str]:
 
 def reward_paths(config: RlConfig) -> Sequence[str]:
     """Return the reward functions: those asked for, else what suits the dataset; none where an environment rewards."""
-    if config.reward_functions or config.environment:
+    if config.reward_functions or config.environment_rewards:
         return config.reward_functions
     return ["reasoning_gym"] if config.hf_path.startswith(reasoning.PREFIX) else ["math"]
 

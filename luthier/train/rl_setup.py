@@ -46,20 +46,26 @@ MOST_SEQUENCES = 64
 
 @dataclass(frozen=True)
 class Game:
-    """How completions are drawn, and what makes the environment that answers them, if there is one."""
+    """How completions are drawn, and what makes the environment that answers them, if there is one.
+
+    ``length`` is the most tokens of a prompt and its completion together, None for any.
+    """
 
     tokenizer: Any
     sampling: Sampling
     make_environment: Callable[[], Environment] | None
+    length: int | None
 
 
 def game(config: RlConfig, job: Job[RlConfig], tokenizer: Any) -> Game:
     """Return what is played. Raises UserError for an environment that is none."""
-    sampling = opened.sampling(config, Described(job.source, job.model, tokenizer))
+    model = Described(job.source, job.model, tokenizer)
+    sampling, length = opened.sampling(config, model), config.max_target_length or model.context_length
     edge = Edge(tokenizer, chat.prompt_rendering(config, tokenizer), sampling.stop_token_ids)
     if not config.environment:
-        return Game(tokenizer, sampling, None)
-    return Game(tokenizer, sampling, environment.load(config.environment, config.environment_kwargs, edge))
+        return Game(tokenizer, sampling, None, length)
+    make = environment.load(config.environment, config.environment_kwargs, edge)
+    return Game(tokenizer, sampling, make, length)
 
 
 def tasks(config: RlConfig, played: Game, console: Console) -> tuple[Tasks, Tasks | None]:
@@ -145,6 +151,7 @@ def reference(job: Job[RlConfig]) -> Tree:
 def engine(
     job: Job[RlConfig],
     params: Tree,
+    version: int,
     mesh: Mesh,
     plan: memory.Plan,
     trained: Tasks,
@@ -152,6 +159,8 @@ def engine(
     tokenizer: Any,
 ) -> LocalEngine:
     """Return the engine on ``mesh``, its cache made for a whole step, so that it never grows.
+
+    ``version`` is how many steps the weights have been trained for.
 
     Of what memory the policy step leaves, the cache takes what it needs. Raises UserError where nothing fits.
     """
@@ -171,6 +180,7 @@ def engine(
             tokenizer=tokenizer,
             context_length=job.source.config.get("max_position_embeddings"),
             seed=config.seed,
+            version=version,
         )
         longest = max(each.longest for each in (trained, held_out) if each is not None)
         length = longest + config.max_new_tokens
@@ -211,12 +221,24 @@ def _tasks(config: RlConfig, rows: Rows, played: Game, console: Console, *, shuf
     ids = prompts.encode(config, asked, played.tokenizer)
     if played.make_environment is not None:
         ids = environment.openings(played.make_environment, asked, ids)
-    limits = [config.max_prompt_length, config.max_target_length - config.max_new_tokens]
-    limit = min((limit for limit in limits if limit > 0), default=None)
+    limit = _prompt_limit(config, played.length)
     long = set() if limit is None else set(prompts.overlong(ids, limit))
     if long:
         display.warn(console, f"{len(long):,} of {len(ids):,} prompts have over {limit} tokens, and are left out.")
     kept = [index for index in range(len(ids)) if index not in long]
     if not kept:
-        raise UserError(f"{rows.source}: no prompt of at most {limit} tokens. Raise max_prompt_length.")
+        room = f"lower max_new_tokens={config.max_new_tokens}, which share {played.length} tokens with the prompt"
+        remedy = "raise max_prompt_length" if limit == config.max_prompt_length else room
+        raise UserError(f"{rows.source}: no prompt of at most {limit} tokens: {remedy}.")
     return Tasks([asked[index] for index in kept], [ids[index] for index in kept], config.seed, shuffle)
+
+
+def _prompt_limit(config: RlConfig, length: int | None) -> int | None:
+    """Return how many tokens a prompt may have, so that there is room for its completion within ``length``."""
+    if length is not None and config.max_new_tokens >= length:
+        raise UserError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in the {length} tokens that the model "
+            "was made for: lower it."
+        )
+    limits = [config.max_prompt_length or None, None if length is None else length - config.max_new_tokens]
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -77,7 +77,7 @@ def _lines(collected: Collected) -> list[dict[str, Any]]:
             "turns": episode.turns,
             "prompt_tokens": len(group.task.ids),
             "completion_tokens": len(episode.tokens_T),
-            "logprob": float(np.sum(episode.logp_T)),
+            "logprob": _number(np.sum(episode.logp_T)),
             "policy_versions": _versions(group, sample),
         }
         for group in collected.groups

@@ -94,6 +94,11 @@ class Collected:
         return sum(len(group.episodes) for group in self.groups)
 
     @property
+    def finite(self) -> bool:
+        """Whether all log-probs are numbers."""
+        return all(np.isfinite(episode.logp_T).all() for group in self.groups for episode in group.episodes)
+
+    @property
     def rewarded(self) -> bool:
         """Whether any of them has a reward."""
         return any(np.isfinite(group.rewards_G).any() for group in self.groups)
@@ -122,7 +127,7 @@ class Sampler:
     @property
     def names(self) -> tuple[str, ...]:
         """The rewards' names."""
-        return (*self.scorers.names, *((ENVIRONMENT,) if self.make_environment else ()))
+        return (*self.scorers.names, *((ENVIRONMENT,) if self.config.environment_rewards else ()))
 
     def collect(self, number: int, position: int, between: Callable[[], None] | None = None) -> Collected:
         """Sample and reward step ``number``, whose prompts begin at ``position``.
@@ -207,11 +212,12 @@ class Sampler:
         return groups
 
     def _scored(self, task: Task, played: Sequence[Episode], scored: workers.Scored) -> Scored:
-        rewards_GF, failed_G = scored.rewards_GF, np.array([each.failed for each in played])
-        if self.make_environment is not None:
+        rewards_GF = scored.rewards_GF
+        if self.config.environment_rewards:
             own_G1 = np.array([[math.nan if each.reward is None else each.reward] for each in played])
-            # A completion that its environment broke off is no one's to judge.
-            rewards_GF = np.where(failed_G[:, None], math.nan, np.concatenate([rewards_GF, own_G1], axis=1))
+            rewards_GF = np.concatenate([rewards_GF, own_G1], axis=1)
+        failed_G1 = np.array([[each.failed] for each in played])
+        rewards_GF = np.where(failed_G1, math.nan, rewards_GF)  # what an environment broke off is no one's to judge
         weights_F = np.array(self.config.reward_weights or [1.0] * rewards_GF.shape[1])
         rewards_G = advantages_lib.total(rewards_GF, weights_F)
         truncated_G = np.array([each.finish == "length" for each in played])
