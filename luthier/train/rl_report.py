@@ -130,8 +130,8 @@ def mismatch(config: RlConfig, dtype: Any, number: int, apart: float) -> str:
     """Return what to say where sampler and trainer are too far apart, and the likely cause."""
     if config.max_staleness:
         cause = (
-            f"the sampler's weights are older (max_staleness={config.max_staleness}), which is corrected for: lower it, "
-            "or learning_rate"
+            f"the sampler's weights are older (max_staleness={config.max_staleness}), which is corrected for; lower "
+            "it, or learning_rate"
         )
     elif jnp.dtype(dtype).itemsize < 4:
         cause = (
