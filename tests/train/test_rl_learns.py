@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, tiny.needs_reasoning_g
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
 TASK = "reasoning_gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=1"
 PREFACE = "State the final answer to the following arithmetic problem:"
-"""What is the same in all problems, which is one token of the model: prompts have 9."""
+"""What is the same in all problems; it is made one token, so that prompts have 9."""
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"  # fmt: skip  # noqa: E501
 SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8,
          "num_key_value_heads": 8, "max_position_embeddings": 128}  # fmt: skip
@@ -32,7 +33,7 @@ SFT = ("steps=75", "learning_rate=2e-3", "lr_schedule_type=constant", "max_targe
        "per_device_batch_size=8")  # fmt: skip
 RL = (
     *("prompts_per_step=64", "num_generations=16", "max_new_tokens=3", "row_length=64", "per_device_batch_size=16"),
-    *("learning_rate=8e-4", "lr_schedule_type=linear", "warmup_steps_fraction=0.1", "adam_b2=0.95"),
+    *("learning_rate=7e-4", "lr_schedule_type=linear", "warmup_steps_fraction=0.1", "adam_b2=0.95"),
     *("max_num_seqs=256", "decode_steps=3", "remat_policy=none", "reward_workers=1", "log_completions_steps=0"),
 )
 UPDATES = {"grpo": "num_mini_batches=2", "gspo-token": "num_mini_batches=4"}
@@ -72,21 +73,28 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run" / "model"
 
 
+def both(model: Path, folder: Path, *keys: str) -> dict[str, list[dict[str, float]]]:
+    """Train by both algorithms, side by side, and return the metrics of each."""
+
+    def by(algorithm: str) -> list[dict[str, float]]:
+        return run("rl", model, folder / algorithm, f"loss_algo={algorithm}", UPDATES[algorithm], *RL, *keys)
+
+    with ThreadPoolExecutor(len(UPDATES)) as pool:
+        return dict(zip(UPDATES, pool.map(by, UPDATES), strict=True))
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("algorithm", UPDATES)
-def test_rewards_teach_what_sft_left_out(taught: Path, tmp_path: Path, algorithm: str, seed: int) -> None:
-    rows = run("rl", taught, tmp_path, f"loss_algo={algorithm}", UPDATES[algorithm], *RL, "steps=70", f"seed={seed}")
-    before, after = accuracies(rows)
-    assert 0.2 < before < 0.6
-    assert after > 0.9
-    last = next(row for row in reversed(rows) if "reward" in row)
-    assert last["completions/clipped_ratio"] < 0.02
-    assert last["sampling/logp_difference/max"] < 1e-3
+def test_rewards_teach_what_sft_left_out(taught: Path, tmp_path: Path, seed: int) -> None:
+    for algorithm, rows in both(taught, tmp_path, "steps=90", f"seed={seed}").items():
+        before, after = accuracies(rows)
+        assert 0.2 < before < 0.6
+        assert after > 0.9, algorithm
+        last = next(row for row in reversed(rows) if "reward" in row)
+        assert last["completions/clipped_ratio"] < 0.02, algorithm
+        assert last["sampling/logp_difference/max"] < 1e-3, algorithm
 
 
-@pytest.mark.parametrize("algorithm", UPDATES)
-def test_negated_advantages_unteach_it(taught: Path, tmp_path: Path, algorithm: str) -> None:
-    rows = run("rl", taught, tmp_path, f"loss_algo={algorithm}", UPDATES[algorithm], *RL, "steps=15",
-               "reward_weights=[-1]")  # fmt: skip
-    before, after = accuracies(rows)
-    assert after < before / 2
+def test_negated_rewards_unteach_it(taught: Path, tmp_path: Path) -> None:
+    for algorithm, rows in both(taught, tmp_path, "steps=15", "reward_weights=[-1]").items():
+        before, after = accuracies(rows)
+        assert after < before / 2, algorithm
