@@ -37,9 +37,10 @@ from luthier.train.rl_plan import Objective
 from luthier.train.sampler import Sampler
 from luthier.train.tasks import Tasks
 
-ROW_LENGTHS = (1024, 2048)
-"""Tokens of a packed row: at least, since each micro-batch adds up a whole gradient, and at most, since attention looks
-at whole rows. A step that has fewer takes shorter rows, a completion that has more longer ones."""
+ROW_LENGTH = 1024
+"""Tokens of a packed row to aim at: each micro-batch adds up a whole gradient, but attention looks at whole rows."""
+MOST_ROW_LENGTH = 2048
+"""The most, where no single completion needs more; a longer group is cut in pieces."""
 MOST_SEQUENCES = 64
 """The most completions of a packed row, where a group has no more."""
 
@@ -87,9 +88,11 @@ def layout(config: RlConfig, job: Job[RlConfig], trained: Tasks) -> Layout:
             f"{limit}: give at least {longest + limit}, or leave long prompts out by max_prompt_length."
         )
     group = longest + config.num_generations * limit
-    update = group * config.prompts_per_step // config.num_mini_batches
-    least, most = ROW_LENGTHS
-    usual = max(longest + limit, min(most, max(group, least), -(-update // job.batch_rows)))
+    # Whole groups, as many in each row, so that rows are full when all completions are as long as they can be.
+    update = config.prompts_per_step // config.num_mini_batches
+    rows = -(-update // max(1, ROW_LENGTH // group))
+    together = -(-update // (-(-rows // job.batch_rows) * job.batch_rows))
+    usual = max(longest + limit, min(MOST_ROW_LENGTH, together * group))
     row_length = config.row_length or -(-usual // 16) * 16
     own = config.num_generations * limit / (trained.shortest + config.num_generations * limit)
     return Layout(
