@@ -41,8 +41,6 @@ ROW_LENGTH = 1024
 """Tokens of a packed row to aim at: each micro-batch adds up a whole gradient, but attention looks at whole rows."""
 MOST_ROW_LENGTH = 2048
 """The most, where no single completion needs more; a longer group is cut in pieces."""
-MOST_SEQUENCES = 64
-"""The most completions of a packed row, where a group has no more."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ def layout(config: RlConfig, job: Job[RlConfig], trained: Tasks) -> Layout:
         rows=job.batch_rows,
         row_length=row_length,
         scored=math.ceil(row_length * own),  # no group has a greater share of tokens of its own
-        sequences=max(config.num_generations, min(MOST_SEQUENCES, row_length // 16)),
+        # Twice as many as there are of the greatest length: most are shorter.
+        sequences=2 * max(1, row_length // group) * config.num_generations,
         completion_length=limit,
         shared=attention.shares_prompts(job.compute.attention, job.compute.dtype, job.model.config.head_dim),
     )
