@@ -72,7 +72,9 @@ def learn(ours: list[list[Trajectory]], **keys: Any) -> tuple[Any, dict[str, flo
         return jax.tree.map(np.subtract, jax.device_get(state.params), before), numbers, packed
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "dr-grpo", "rloo"])
+@pytest.mark.parametrize(
+    "algorithm", ["grpo", "dapo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dr-grpo", "rloo"))]
+)
 def test_flat_groups_weigh_but_are_not_computed(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     skipped, numbers, packed = learn(groups(flat=2), loss_algo=algorithm)
     monkeypatch.setattr(Objective, "is_idle", lambda self, one: False)

@@ -115,7 +115,14 @@ def test_sharing_and_micro_batches_change_nothing(reference: tuple, layout: Layo
     assert_equal_steps(one_step(layout), reference)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 2, 2), (1, 8, 1), (2, 1, 4)], ids=str)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor"),
+    [(2, 2, 2), pytest.param(1, 8, 1, marks=SLOW), pytest.param(2, 1, 4, marks=SLOW)],
+    ids=str,
+)
 def test_one_device_equals_eight(reference: tuple, data: int, fsdp: int, tensor: int) -> None:
     axes = {"ici_data_parallelism": data, "ici_fsdp_parallelism": fsdp, "ici_tensor_parallelism": tensor}
     assert_equal_steps(one_step(replace(SHARED, rows=data * fsdp), devices=8, **axes), reference)

@@ -397,6 +397,7 @@ def test_long_prompts_are_left_out_and_said(rl: Rl, tmp_path: Path, capsys: pyte
     assert max(line["prompt_tokens"] for line in completions(tmp_path, 1)) <= 36
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(whole: Path, rl: Rl, tmp_path: Path) -> None:
     keys = WHOLE | {"chips_per_vm": 8, "steps": 2, "hf_eval_split": None}
     assert rl(tmp_path, **keys) == 0
@@ -408,6 +409,7 @@ def test_eight_devices_give_what_one_gives(whole: Path, rl: Rl, tmp_path: Path) 
         assert ours["rewards"] == theirs["rewards"]
 
 
+@pytest.mark.slow
 def test_the_command_of_another_library_works_as_it_is(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
     command = [
         *(sys.executable, "-m", "luthier.train.rl", "model_name=llama3.1-8b", f"load_parameters_path={tiny_model}"),
@@ -516,6 +518,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     goes_on_the_same(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_leaves_the_rest_to_the_same_command(whole: Path, rl: Rl, tmp_path: Path) -> None:
     keys = signalling(tmp_path, question_of_step(whole, STEPS), "SIGTERM")
     with pytest.raises(SystemExit):
@@ -565,6 +568,7 @@ def test_sampling_ahead_is_bounded_corrected_and_evaluated(
     assert "sampler corrected by token" in output
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sampling_ahead_stops_saves_and_goes_on(rl: Rl, tmp_path: Path, whole: Path) -> None:
     keys = signalling(tmp_path, question_of_step(whole, 3), "SIGTERM") | AHEAD | {"beta": 0}
