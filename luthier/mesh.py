@@ -21,23 +21,28 @@ from jax.sharding import PartitionSpec as P
 from luthier.config import ModelKeys
 from luthier.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical axis -> mesh axes. A dimension in WHOLE is kept whole where the mesh axis does not divide it.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "time": (),
     "layer": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "norm": (),
+    "latent": ("fsdp", "expert"),
+    "router": (),
+    "expert": ("expert",),
+    "expert_embed": ("fsdp",),
+    "expert_mlp": ("tensor",),
 }
-WHOLE = frozenset({"batch", "kv_heads", "vocab"})
+WHOLE = frozenset({"batch", "kv_heads", "latent", "vocab"})
 
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 

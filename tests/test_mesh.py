@@ -10,18 +10,30 @@ from luthier.errors import UserError
 from tiny import make_batch
 
 
-def make(data: int = 1, fsdp: int = -1, tensor: int = 1) -> jax.sharding.Mesh:
-    keys = ModelKeys(ici_data_parallelism=data, ici_fsdp_parallelism=fsdp, ici_tensor_parallelism=tensor)
+def make(data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1) -> jax.sharding.Mesh:
+    keys = ModelKeys(
+        ici_data_parallelism=data,
+        ici_fsdp_parallelism=fsdp,
+        ici_expert_parallelism=expert,
+        ici_tensor_parallelism=tensor,
+    )
     return mesh.make(keys)
 
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
-    [((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((-1, 1, 4), (2, 1, 4)), ((8, 1, 1), (8, 1, 1))],
+    [
+        ((1, -1, 1), (1, 8, 1, 1)),
+        ((2, -1, 2), (2, 2, 1, 2)),
+        ((-1, 1, 4), (2, 1, 1, 4)),
+        ((8, 1, 1), (8, 1, 1, 1)),
+        ((1, -1, 2, 2), (1, 2, 2, 2)),
+        ((1, 1, 1, -1), (1, 1, 8, 1)),
+    ],
 )
 def test_minus_one_takes_the_rest(sizes: tuple[int, ...], shape: tuple[int, ...]) -> None:
     assert tuple(make(*sizes).shape.values()) == shape
-    assert mesh.batch_shards(make(*sizes)) == shape[0] * shape[1]
+    assert mesh.batch_shards(make(*sizes)) == shape[0] * shape[1] * shape[2]
 
 
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (1, 4, 1), (2, 2, 4), (1, 1, 1)])
@@ -36,6 +48,17 @@ def test_logical_axes_are_split_by_the_table() -> None:
     )
     assert mesh.partition(("batch", "time"), (8, 32), make(2, 4, 1)) == P(("data", "fsdp"), None)
     assert mesh.partition(("embed", "mlp"), (64, 128), make(8, 1, 1)) == P(None, None)
+
+
+def test_experts_have_an_axis_that_dense_weights_are_split_over_too() -> None:
+    devices = make(1, 2, 2, 2)
+    assert mesh.partition(("expert", "expert_embed", "expert_mlp"), (8, 64, 32), devices) == P(
+        ("expert",), ("fsdp",), ("tensor",)
+    )
+    assert mesh.partition(("embed", "mlp"), (64, 32), devices) == P(("fsdp", "expert"), ("tensor",))
+    assert mesh.partition(("batch", "time"), (8, 32), devices) == P(("fsdp", "expert"), None)
+    with pytest.raises(UserError, match="ici_expert_parallelism=2 does not divide the 9 of axis `expert`"):
+        mesh.partition(("expert",), (9,), devices)
 
 
 def test_two_dimensions_on_one_mesh_axis_are_refused() -> None:

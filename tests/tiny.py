@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,38 @@ CONFIGS: dict[str, dict[str, Any]] = {
        "hidden_size": 48},
 }  # fmt: skip
 
+# One model of each kind that training and sampling are tested with, which differ in what a layer is made of and keeps.
+_SLIDES, _FULL = "sliding_attention", "full_attention"
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True, "vocab_size": 272}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": TINY | {"vocab_size": 272},
+    # Windows much shorter than the tests' sequences, two rotations, norms of queries and keys, tied embeddings.
+    "gemma3-text": TINY
+    | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_act": "gelu_pytorch_tanh",
+       "vocab_size": 272, "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
+       "layer_types": [_SLIDES, _FULL] * 2, "rope_local_base_freq": 1e3, "tie_word_embeddings": True},
+    # Softmax routing, which all layers have.
+    "qwen3-moe": TINY
+    | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "num_experts": 8}
+    | _EXPERTS,
+    # Latent attention, a dense layer before those with experts, groups, a shared expert, a correction of the choice.
+    "deepseek-v3": TINY
+    | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "num_key_value_heads": 4,
+       "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+       "first_k_dense_replace": 1, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2,
+       "routed_scaling_factor": 2.5, "rope_interleave": True}
+    | _EXPERTS,
+}  # fmt: skip
+WITH_EXPERTS = ("qwen3-moe", "deepseek-v3")
+
+
+@functools.cache
+def kind_model(kind: str) -> Any:
+    """Return the model of a kind, the same object each time: programs are compiled for it once."""
+    from luthier.model.model import Model
+
+    return Model.from_hf(KINDS[kind], kind)
+
 
 def make_batch(rows: int = 4, length: int = 32, vocab: int = 256, seed: int = 0) -> Batch:
     """Random tokens in rows of two segments and some padding, with a random loss mask."""
@@ -72,21 +105,41 @@ def make_batch(rows: int = 4, length: int = 32, vocab: int = 256, seed: int = 0)
 
 
 def torch_twin(config: dict[str, Any], seed: int = 0) -> Any:
-    """Return Transformers' model of this config with random fp32 weights, biases and norms included."""
+    """Return Transformers' model of this config with random fp32 weights, of which none is what it begins as.
+
+    Biases, norms, sinks and the buffers that checkpoints hold are random too.
+    """
     import torch
     import transformers
 
     torch.manual_seed(seed)
     fields = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
-    model = transformers.AutoModelForCausalLM.from_config(
+    if "text_config" in fields:
+        fields["text_config"] = fields["text_config"] | {"initializer_range": 0.1}
+    model = getattr(transformers, config["architectures"][0])._from_config(
         transformers.AutoConfig.for_model(config["model_type"], **fields, initializer_range=0.1),
         attn_implementation="eager",
     )
     with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 1:
-                weight += 0.1 * torch.randn_like(weight)
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1 or "bias" in name:
+                weight += (0.5 if "sinks" in name else 0.1) * torch.randn_like(weight)
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored:
+                buffer += 0.3 * torch.randn_like(buffer)
     return model.float().eval()
+
+
+def stored_tensors(model: Any, tensors: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """Return a Transformers model's weights under the names and in the shapes that its checkpoints have.
+
+    Given ``tensors`` by the names of its own weights, those instead: its gradients.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    given = model.state_dict() if tensors is None else tensors
+    return {name: tensor.detach().numpy() for name, tensor in revert_weight_conversion(model, given).items()}
 
 
 def params_from_torch(spec: Any, model: Any) -> Any:
@@ -95,7 +148,7 @@ def params_from_torch(spec: Any, model: Any) -> Any:
 
     from luthier.model.param import Param, map_spec
 
-    tensors = {name: weight.detach().numpy() for name, weight in model.state_dict().items()}
+    tensors = stored_tensors(model)
 
     def fill(param: Param) -> Any:
         array = np.empty(param.shape, np.float32)
@@ -104,6 +157,21 @@ def params_from_torch(spec: Any, model: Any) -> Any:
         return jnp.asarray(array)
 
     return map_spec(fill, spec)
+
+
+def random_params(spec: Any, seed: int = 0) -> Any:
+    """Return random fp32 weights, of which none is what it begins as, norms and biases included."""
+    import jax.numpy as jnp
+
+    from luthier.model.param import Param, map_spec
+
+    random = np.random.default_rng(seed)
+
+    def draw(param: Param) -> Any:
+        middle = 1.0 if param.init == "ones" else 0.0
+        return jnp.asarray(random.normal(middle, 0.1, param.shape), jnp.float32)
+
+    return map_spec(draw, spec)
 
 
 CHATML = (
@@ -130,8 +198,8 @@ def tokenizer(chat_template: str | None = CHATML) -> Any:
     return fast
 
 
-def write_model(folder: Any, **changes: Any) -> None:
-    """Write a random tiny Llama with its tokenizer into ``folder``, as Hugging Face lays it out."""
+def write_model(folder: Any, kind: str = "llama", **changes: Any) -> None:
+    """Write a random tiny model of a kind with its tokenizer into ``folder``, as Hugging Face lays it out."""
     import json
 
     from safetensors.numpy import save_file
@@ -139,7 +207,7 @@ def write_model(folder: Any, **changes: Any) -> None:
     from luthier.model import param
     from luthier.model.model import Model
 
-    config = TINY | {"vocab_size": 272, "bos_token_id": 0, "eos_token_id": 2} | changes
+    config = KINDS[kind] | {"bos_token_id": 0, "eos_token_id": 2} | changes
     random = np.random.default_rng(0)
     shapes = param.tensor_shapes(Model.from_hf(config, "tiny").spec)
     tensors = {

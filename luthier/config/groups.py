@@ -55,11 +55,14 @@ class ModelKeys(Keys):
     scan_layers: bool = key(True, "Accepted for MaxText's sake; layers are always stacked and scanned.")
     ici_data_parallelism: Parallelism = key(1, "Devices along the `data` axis (replicas); -1: the rest.")
     ici_fsdp_parallelism: Parallelism = key(-1, "Devices along the `fsdp` axis (sharded weights); -1: the rest.")
+    ici_expert_parallelism: Parallelism = key(
+        1, "Devices along the `expert` axis (experts, and rows, split between them); -1: the rest."
+    )
     ici_tensor_parallelism: Parallelism = key(1, "Devices along the `tensor` axis (split matmuls); -1: the rest.")
 
     @model_validator(mode="after")
     def _check_axes(self) -> Self:
-        axes = ("ici_data_parallelism", "ici_fsdp_parallelism", "ici_tensor_parallelism")
+        axes = tuple(name for name in type(self).model_fields if name.startswith("ici_"))
         if any(getattr(self, axis) == 0 for axis in axes):
             raise ValueError("ici_*_parallelism=0: give a number of devices, or -1 for the rest")
         if sum(getattr(self, axis) == -1 for axis in axes) > 1:
@@ -138,7 +141,9 @@ class TrainKeys(Keys):
     num_epoch: Annotated[float, Field(gt=0)] | None = key(
         None, "Passes over the training split. Default: one, or no limit where `steps` is given."
     )
-    per_device_batch_size: PositiveInt = key(4, "Rows of a micro-batch on each device of the `data` and `fsdp` axes.")
+    per_device_batch_size: PositiveInt = key(
+        4, "Rows of a micro-batch on each device of the `data`, `fsdp` and `expert` axes."
+    )
     weight_dtype: Literal["float32", "bfloat16"] = key("float32", "Type of the trained weights in memory.")
     remat_policy: Literal["full", "dots", "none"] = key(
         "dots", "What the backward pass recomputes: all, all but matmuls and attention, or nothing."
@@ -159,6 +164,12 @@ class TrainKeys(Keys):
         "float32", "Type of the optimizer's moments (but for Adafactor's factors).", "moments_dtype"
     )
     gradient_clipping_threshold: float = key(1.0, "Greatest global norm of the gradient; 0: no clipping.", ge=0)
+    load_balance_loss_weight: float = key(
+        0.0, "Weight of the loss that spreads tokens evenly over the experts of a mixture.", ge=0
+    )
+    router_z_loss_weight: float = key(
+        0.0, "Weight of the loss that keeps the logits of a mixture's router small.", ge=0
+    )
     eval_interval: int = key(-1, "Steps between evaluations on the held-out rows; -1: at the start and the end.", ge=-1)
     enable_checkpointing: bool = key(True, "Keep the train state, so that the same command resumes.")
     checkpoint_period: PositiveInt = key(500, "Steps between checkpoints; the last step always is one.")

@@ -2,7 +2,7 @@
 
 ``blockwise`` is plain XLA and runs anywhere; ``cudnn`` and ``splash`` are the fused kernels of NVIDIA GPUs and TPUs.
 Where a cache goes before the tokens, ``attention_cached`` takes over. Left out on purpose: attention that is not
-causal, and biases.
+causal, and biases other than sinks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -26,6 +27,20 @@ from luthier.model.segments import Prefixed, Segments, related
 Kernel = Callable[..., jax.Array]
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What attention is asked for, as far as kernels differ in it.
+
+    ``head_dim`` is the size of queries and keys, ``value_dim`` that of values where it is another; ``softcap`` and
+    ``sinks`` say whether there are any.
+    """
+
+    head_dim: int
+    value_dim: int | None = None
+    softcap: bool = False
+    sinks: bool = False
+
+
 def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -35,9 +50,13 @@ def attention(
     implementation: str = "auto",
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks_N: jax.Array | None = None,
     past: LayerPast | None = None,
 ) -> jax.Array:
     """Return ``[B, T, N, H]``: each token attends to the tokens of its segment up to itself, by their order in the row.
+
+    H is the size of a value, which may be another than that of queries and keys (arXiv 2405.04434).
 
     Where segments are ``Prefixed``, a token also attends to all of the segment that its own goes on from: a prompt
     stands in a row once, and serves all its completions (arXiv 2506.05433).
@@ -45,33 +64,37 @@ def attention(
     Queries may have more heads than keys and values (N a multiple of K; Ainslie et al., arXiv 2305.13245). Padding is
     segment 0 and attends to padding. ``segments`` None says that rows hold one segment each, padded on the right
     if at all, which saves the masks. ``window`` limits attention to that many tokens, the token itself included;
-    ``scale`` multiplies scores (default ``H ** -0.5``). With a ``past``, rows go on from what is cached of them, and
-    have no segments.
+    ``scale`` multiplies scores (default ``H ** -0.5`` of queries), which ``softcap`` then bounds: s becomes ``softcap *
+    tanh(s / softcap)`` (Gemma 2, arXiv 2408.00118). ``sinks_N`` is a score for each query head that takes its share of
+    the softmax and has no value (gpt-oss, arXiv 2508.10925). With a ``past``, rows go on from what is cached of them,
+    and have no segments.
 
     Raises UserError where ``implementation`` ("auto", "blockwise", "cudnn" or "splash") cannot run here, ValueError for
-    prefixed segments where ``shares_prompts`` says no, or with a ``window``, since they are not next to their prefix.
+    prefixed segments where ``shares_prompts`` says no, or without positions where there is a ``window``.
     """
-    if isinstance(segments, Prefixed) and window is not None:
-        raise ValueError("attention: a window counts tokens by their order in the row, which prefixes are out of")
     scale = float(q_BTNH.shape[-1] ** -0.5) if scale is None else scale
     if past is not None:
         with jax.named_scope("attention_cached"):
-            return cached(q_BTNH, k_BSKH, v_BSKH, past, scale=scale, window=window)
-    kernel = functools.partial(choose(implementation, q_BTNH.dtype, q_BTNH.shape[-1]), scale=scale, window=window)
+            return cached(q_BTNH, k_BSKH, v_BSKH, sinks_N, past, scale=scale, window=window, softcap=softcap)
+    if isinstance(segments, Prefixed) and window is None:
+        segments = segments._replace(positions_BT=None)  # they are no concern of the program
+    needs = Needs(q_BTNH.shape[-1], v_BSKH.shape[-1], softcap is not None, sinks_N is not None)
+    kernel = functools.partial(choose(implementation, q_BTNH.dtype, needs), scale=scale, window=window, softcap=softcap)
     with jax.named_scope("attention_kernel"):
-        return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments)
+        return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments, sinks_N)
 
 
-def choose(implementation: str, dtype: Any, head_dim: int) -> Kernel:
-    """Return the kernel that ``implementation`` means on the platform in use, for heads of ``head_dim``.
+def choose(implementation: str, dtype: Any, needs: Needs) -> Kernel:
+    """Return the kernel that ``implementation`` means on the platform in use, for what is asked of it.
 
     Raises UserError where it cannot run.
     """
-    platform, implementation = mesh_lib.platform(), _named(implementation, dtype, head_dim)
-    if implementation == "cudnn" and (platform != "gpu" or not _cudnn_fits(dtype, head_dim)):
+    platform, implementation = mesh_lib.platform(), _named(implementation, dtype, needs)
+    if implementation == "cudnn" and (platform != "gpu" or not _cudnn_fits(dtype, needs)):
         raise UserError(
-            f"attention=cudnn: needs an NVIDIA GPU, bfloat16 and a head size of at most 128, a multiple of 8; "
-            f"here are a {platform}, {jnp.dtype(dtype).name} and {head_dim}. Use attention=auto."
+            f"attention=cudnn: needs an NVIDIA GPU, bfloat16, a head size of at most 128 that is a multiple of 8 and "
+            f"the values' too, and a model without soft caps and sinks; here are a {platform}, "
+            f"{jnp.dtype(dtype).name} and {_described(needs)}. Use attention=auto."
         )
     if implementation == "splash":
         if platform != "tpu":
@@ -82,9 +105,9 @@ def choose(implementation: str, dtype: Any, head_dim: int) -> Kernel:
     return {"blockwise": blockwise, "cudnn": cudnn}[implementation]
 
 
-def shares_prompts(implementation: str, dtype: Any, head_dim: int) -> bool:
+def shares_prompts(implementation: str, dtype: Any, needs: Needs) -> bool:
     """Say whether the kernel that ``implementation`` means here takes ``Prefixed`` segments."""
-    return _named(implementation, dtype, head_dim) != "splash"
+    return _named(implementation, dtype, needs) != "splash"
 
 
 def cudnn(
@@ -92,17 +115,24 @@ def cudnn(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     segments: Segments,
+    sinks_N: None = None,
     *,
     scale: float,
     window: int | None,
+    softcap: None = None,
 ) -> jax.Array:
-    """Return attention by cuDNN's fused kernel; packed rows take a mask ``[B, 1, T, T]``, scores are never whole."""
+    """Return attention by cuDNN's fused kernel; packed rows take a mask ``[B, 1, T, T]``, scores are never whole.
+
+    It knows neither sinks nor soft caps.
+    """
     length = q_BTNH.shape[1]
     if length % 2 and segments is not None:  # cuDNN takes masks of even size alone
         pad = ((0, 0), (0, 1))
         q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, (*pad, (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
         segments = jax.tree.map(lambda ids_BT: jnp.pad(ids_BT, pad), segments)
-    mask = None if segments is None else related(segments, segments)[:, None]
+    mask = None if segments is None else related(segments, segments, window)[:, None]
+    # Of prefixed segments, the mask knows of the window.
+    nearest = None if window is None or isinstance(segments, Prefixed) else (window - 1, 0)
     o_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
@@ -110,31 +140,38 @@ def cudnn(
         mask=mask,
         scale=scale,
         is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=nearest,
         implementation="cudnn",
     )
     return o_BTNH[:, :length]
 
 
-def _named(implementation: str, dtype: Any, head_dim: int) -> str:
+def _named(implementation: str, dtype: Any, needs: Needs) -> str:
     """Return the kernel's name, where "auto" asks for the platform's best."""
     if implementation != "auto":
         return implementation
-    best = {"gpu": "cudnn" if _cudnn_fits(dtype, head_dim) else "blockwise", "tpu": "splash"}
+    best = {"gpu": "cudnn" if _cudnn_fits(dtype, needs) else "blockwise", "tpu": "splash"}
     return best.get(mesh_lib.platform(), "blockwise")
 
 
-def _cudnn_fits(dtype: Any, head_dim: int) -> bool:
-    return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+def _cudnn_fits(dtype: Any, needs: Needs) -> bool:
+    plain = needs.value_dim in (None, needs.head_dim) and not needs.softcap and not needs.sinks
+    return plain and dtype in (jnp.bfloat16, jnp.float16) and needs.head_dim % 8 == 0 and needs.head_dim <= 128
+
+
+def _described(needs: Needs) -> str:
+    extras = {"a soft cap": needs.softcap, "sinks": needs.sinks}
+    sizes = f"heads of {needs.head_dim}, values of {needs.value_dim or needs.head_dim}"
+    return ", ".join([sizes, *(name for name, wanted in extras.items() if wanted)])
 
 
 def _over_mesh(
-    kernel: Kernel, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments: Segments
+    kernel: Kernel, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments: Segments, sinks_N: Any
 ) -> jax.Array:
     """Run ``kernel`` on each device's rows and heads; both are independent, so no device needs another's."""
     mesh = mesh_lib.current()
     if mesh is None or mesh.size == 1:
-        return kernel(q_BTNH, k_BSKH, v_BSKH, segments)
+        return kernel(q_BTNH, k_BSKH, v_BSKH, segments, sinks_N)
     batch = mesh_lib.BATCH_AXES if q_BTNH.shape[0] % mesh_lib.batch_shards(mesh) == 0 else None
     heads = None
     if q_BTNH.shape[2] % mesh.shape["tensor"] == 0:
@@ -144,7 +181,8 @@ def _over_mesh(
             heads = "tensor"
             k_BSKH, v_BSKH = (jnp.repeat(x, kv_heads // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
     spec = P(batch, None, heads, None)
+    specs = (spec, spec, spec, P(batch), P(heads))
     # Each row and head is computed whole on one device: there is no replication for check_vma to verify.
-    return jax.shard_map(kernel, mesh=mesh, in_specs=(spec, spec, spec, P(batch)), out_specs=spec, check_vma=False)(
-        q_BTNH, k_BSKH, v_BSKH, segments
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(
+        q_BTNH, k_BSKH, v_BSKH, segments, sinks_N
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from luthier.model.attention_blockwise import FORBIDDEN, matmul, outputs
+from luthier.model.attention_blockwise import FORBIDDEN, capped, matmul, outputs
 from luthier.model.cache import LayerPast
 
 
@@ -28,31 +28,34 @@ def cached(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
+    sinks_N: jax.Array | None,
     past: LayerPast,
     *,
     scale: float,
     window: int | None,
+    softcap: float | None,
 ) -> jax.Array:
     """Return ``[B, T, N, H]``: each new token attends to its sequence's past, and to the new tokens up to itself.
 
-    Padding stands at the end of a row. ``window`` as in ``attention``.
+    Padding stands at the end of a row. Other arguments as in ``attention``.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     group = N // K
     q_BKRH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * group, H)
     alone = _over_itself if T == 1 else _over_new
-    new = alone(q_BTNH, k_BTKH, v_BTKH, scale, window)
+    new = alone(q_BTNH, k_BTKH, v_BTKH, sinks_N, scale=scale, window=window, softcap=softcap)
     queries_BT = past.lengths_B[:, None] + jnp.arange(T)
 
     def block(number: jax.Array, so_far: _Softmax) -> _Softmax:
-        keys, values = past.read(number)
+        keys, values = past.read(number, v_BTKH.shape[-1])
         positions_BS = past.positions(number)
         allowed_BTS = jnp.broadcast_to((positions_BS >= 0)[:, None], (B, T, positions_BS.shape[1]))
         if window is not None:
             allowed_BTS &= queries_BT[:, :, None] - positions_BS[:, None] < window
         allowed = jnp.repeat(allowed_BTS, group, axis=1)[:, None]
-        scores = jnp.where(allowed, matmul(q_BKRH.astype(keys.dtype), keys, transpose=True) * scale, FORBIDDEN)
+        scores = capped(matmul(q_BKRH.astype(keys.dtype), keys, transpose=True) * scale, softcap)
+        scores = jnp.where(allowed, scores, FORBIDDEN)
         top_BKR = jnp.maximum(so_far.top_BKR, scores.max(axis=-1))
         p = jnp.exp(scores - top_BKR[..., None])
         fade_BKR = jnp.exp(so_far.top_BKR - top_BKR)
@@ -64,20 +67,27 @@ def cached(
 
     whole = jax.lax.fori_loop(0, past.blocks, block, new)
     o_BKRH = (whole.values_BKRH / whole.total_BKR[..., None]).astype(q_BTNH.dtype)
-    return o_BKRH.reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+    return o_BKRH.reshape(B, K, T, group, -1).transpose(0, 2, 1, 3, 4).reshape(B, T, N, -1)
 
 
-def _over_itself(q_B1NH: Any, k_B1KH: Any, v_B1KH: Any, scale: float, window: int | None) -> _Softmax:
-    """Return the softmax of one new token over itself."""
+def _over_itself(
+    q_B1NH: Any, k_B1KH: Any, v_B1KH: Any, sinks_N: Any, *, scale: float, window: int | None, softcap: float | None
+) -> _Softmax:
+    """Return the softmax of one new token over itself, and the sinks."""
     B, _, _, H = q_B1NH.shape
     q_BKRH = q_B1NH.reshape(B, k_B1KH.shape[2], -1, H)
     k_BK1H, v_BK1H = k_B1KH.swapaxes(1, 2), v_B1KH.swapaxes(1, 2)
-    score_BKR = jnp.sum(q_BKRH.astype(jnp.float32) * k_BK1H.astype(jnp.float32), axis=-1) * scale
-    values = jnp.broadcast_to(v_BK1H.astype(jnp.float32), q_BKRH.shape)
-    return _Softmax(score_BKR, jnp.ones_like(score_BKR), values)
+    score_BKR = capped(jnp.sum(q_BKRH.astype(jnp.float32) * k_BK1H.astype(jnp.float32), axis=-1) * scale, softcap)
+    values = jnp.broadcast_to(v_BK1H.astype(jnp.float32), (*q_BKRH.shape[:3], v_BK1H.shape[-1]))
+    if sinks_N is None:
+        return _Softmax(score_BKR, jnp.ones_like(score_BKR), values)
+    sink_KR = sinks_N.astype(jnp.float32).reshape(score_BKR.shape[1:])
+    top_BKR = jnp.maximum(score_BKR, sink_KR)
+    p_BKR = jnp.exp(score_BKR - top_BKR)
+    return _Softmax(top_BKR, p_BKR + jnp.exp(sink_KR - top_BKR), values * p_BKR[..., None])
 
 
-def _over_new(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, scale: float, window: int | None) -> _Softmax:
-    """Return the softmax of several new tokens over each other."""
-    o_BKRH, lse_BKR = outputs(q_BTNH, k_BTKH, v_BTKH, scale=scale, window=window)
+def _over_new(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, sinks_N: Any, **settings: Any) -> _Softmax:
+    """Return the softmax of several new tokens over each other, and the sinks."""
+    o_BKRH, lse_BKR = outputs(q_BTNH, k_BTKH, v_BTKH, sinks_N, **settings)
     return _Softmax(lse_BKR, jnp.ones_like(lse_BKR), o_BKRH.astype(jnp.float32))

@@ -12,7 +12,7 @@ Left out on purpose: which sequence has which row (``rollout.local``), and pages
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -23,28 +23,41 @@ from luthier import mesh as mesh_lib
 
 BLOCK = 128  # slots that attention reads at a time; rows are whole blocks
 AXES = ("layer", "batch", "kv_heads", "time", "head_dim")
+ROUTES = "routes"
+"""The name of a line that keeps which experts tokens were sent to, in the place of keys (arXiv 2510.11370)."""
 
 
 @dataclass(frozen=True)
 class Line:
     """What each of a stack of ``layers`` keeps for a token: ``heads`` keys and values of ``width`` numbers.
 
-    With a ``window``, for that many of the last tokens alone.
+    With a ``window``, for that many of the last tokens alone. ``values`` is the size of a value where it is another
+    than the key's; 0 where values are the first numbers of the keys, as in multi-head latent attention
+    (arXiv 2405.04434), and not stored a second time. They are of type ``dtype``; None: of the cache's.
     """
 
     layers: int
     heads: int
     width: int
     window: int | None = None
+    values: int | None = None
+    dtype: Any = None
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The sizes of a key and of a value as they are stored."""
+        return self.width, self.width if self.values is None else self.values
 
     def slots(self, length: int) -> int:
         """Return the slots of a row for sequences of ``length`` tokens, in whole blocks where there are several."""
         needed = length if self.window is None else min(length, self.window)
         return needed if needed <= BLOCK else -(-needed // BLOCK) * BLOCK
 
-    def shape(self, rows: int, length: int) -> tuple[int, ...]:
-        """Return the shape of the keys, and of the values, for ``rows`` sequences of ``length`` tokens."""
-        return (self.layers, rows, self.heads, self.slots(length), self.width)
+    def empty(self, rows: int, length: int, dtype: Any) -> KeysValues:
+        """Return zeros for ``rows`` sequences of ``length`` tokens."""
+        shape, (keys, values) = (self.layers, rows, self.heads, self.slots(length)), self.widths
+        zeros = lambda width: _placed(jnp.zeros((*shape, width), self.dtype or dtype))  # noqa: E731
+        return KeysValues(zeros(keys), zeros(values) if values else None)
 
 
 Lines = Mapping[str, Line]
@@ -54,10 +67,13 @@ Lines = Mapping[str, Line]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values of one line: ``k_LRKSH`` and ``v_LRKSH`` (layers, rows, KV heads, slots, head size)."""
+    """Keys and values of one line: ``k_LRKSH`` and ``v_LRKSH`` (layers, rows, KV heads, slots, head size).
+
+    No values, where they are the first numbers of the keys.
+    """
 
     k_LRKSH: jax.Array
-    v_LRKSH: jax.Array
+    v_LRKSH: jax.Array | None
 
 
 Cache = dict[str, KeysValues]
@@ -66,10 +82,13 @@ Cache = dict[str, KeysValues]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Fresh:
-    """Keys and values of a pass's own tokens, ``[B, T, K, H]``; stacked over layers, ``[L, B, T, K, H]``."""
+    """Keys and values of a pass's own tokens, ``[B, T, K, H]``; stacked over layers, ``[L, B, T, K, H]``.
+
+    No values, where they are the first numbers of the keys.
+    """
 
     k_BTKH: jax.Array
-    v_BTKH: jax.Array
+    v_BTKH: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -114,9 +133,12 @@ class LayerPast:
         used = jnp.minimum(jnp.max(self.lengths_B), self.slots)
         return (used + self.block - 1) // self.block
 
-    def read(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return keys and values of a block of slots, ``[B, K, block, H]`` each."""
-        return self._cut(self.stored.k_LRKSH, number), self._cut(self.stored.v_LRKSH, number)
+    def read(self, number: jax.Array, values: int) -> tuple[jax.Array, jax.Array]:
+        """Return keys and values of a block of slots, ``[B, K, block, H]`` each; a value has ``values`` numbers."""
+        keys = self._cut(self.stored.k_LRKSH, number)
+        if self.stored.v_LRKSH is None:
+            return keys, keys[..., :values]
+        return keys, self._cut(self.stored.v_LRKSH, number)
 
     def positions(self, number: jax.Array) -> jax.Array:
         """Return which position each slot of a block holds, ``[B, block]``; negative where it holds none."""
@@ -137,17 +159,18 @@ class LayerPast:
 
 def row_bytes(lines: Lines, length: int, dtype: Any) -> int:
     """Return the bytes of one sequence of ``length`` tokens, over all layers."""
-    numbers = sum(2 * line.layers * line.heads * line.slots(length) * line.width for line in lines.values())
-    return numbers * jnp.dtype(dtype).itemsize
+    return sum(
+        line.layers * line.heads * line.slots(length) * sum(line.widths) * jnp.dtype(line.dtype or dtype).itemsize
+        for line in lines.values()
+    )
 
 
 def make(lines: Lines, rows: int, length: int, dtype: Any, mesh: Mesh) -> Cache:
     """Return an empty cache for ``rows`` sequences of ``length`` tokens, split over the mesh as the model is."""
-    shapes = {name: line.shape(rows, length) for name, line in lines.items()}
 
     @jax.jit
     def zeros() -> Cache:
-        return {name: KeysValues(*(_placed(jnp.zeros(shape, dtype)) for _ in "kv")) for name, shape in shapes.items()}
+        return {name: line.empty(rows, length, dtype) for name, line in lines.items()}
 
     with mesh_lib.use(mesh):
         return zeros()
@@ -177,7 +200,7 @@ def _write(past: Past, stored: KeysValues, fresh: Fresh, counts_B: jax.Array) ->
         values = x_LBTKH.astype(x_LRKSH.dtype).transpose(1, 2, 0, 3, 4)
         return _placed(x_LRKSH.at[:, rows_B[:, None], :, slots_BT].set(values, mode="drop"))
 
-    return replace(stored, k_LRKSH=put(stored.k_LRKSH, fresh.k_BTKH), v_LRKSH=put(stored.v_LRKSH, fresh.v_BTKH))
+    return jax.tree.map(put, stored, KeysValues(fresh.k_BTKH, fresh.v_BTKH))
 
 
 def copy_rows(cache: Cache, sources_P: jax.Array, targets_P: jax.Array, count: jax.Array) -> Cache:

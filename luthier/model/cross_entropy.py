@@ -8,9 +8,10 @@ Two gradients. In general the backward pass computes each chunk's logits again: 
 in the log-probabilities (cross entropy is), the factor of each is known beforehand: given it, the forward pass forms
 the gradients while it holds the logits, three matmuls in all.
 
-Logits may be divided by a temperature, in fp32 and not in the hidden states, as a sampler does it.
+Logits may be capped softly and then divided by a temperature, in fp32 and not in the hidden states, as a sampler
+does it.
 
-Left out on purpose: z-loss, label smoothing and soft-capped logits.
+Left out on purpose: z-loss and label smoothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from luthier import mesh as mesh_lib
 from luthier.model.cpu import fence, transposed
+from luthier.model.layers import softcap
 
 LOGITS_LIMIT = {"cpu": 100 * 2**20, "gpu": 2**30, "tpu": 2**30}  # bytes of fp32 logits in a chunk
 
@@ -32,11 +34,13 @@ class TokenScores(NamedTuple):
     """``logp_BT`` fp32, the log-probability of each target; ``correct_BT`` bool, whether no token is likelier.
 
     ``entropy_BT`` fp32 is that of the whole distribution which the target is one outcome of, None where not asked for.
+    ``routed`` says where the model sent the tokens, None for one without experts.
     """
 
     logp_BT: jax.Array
     correct_BT: jax.Array
     entropy_BT: jax.Array | None = None
+    routed: Any = None
 
 
 def token_logp(
@@ -45,6 +49,7 @@ def token_logp(
     targets_BT: jax.Array,
     cotangent_BT: jax.Array | None = None,
     *,
+    cap: float | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> TokenScores:
@@ -52,13 +57,14 @@ def token_logp(
 
     ``hidden_BTD[b, t]`` predicts ``targets_BT[b, t]``: the caller shifts. The head is cast to the type of
     ``hidden_BTD`` for its matmuls; its gradient has its own type and is summed in fp32. With ``entropy``, that of each
-    distribution is given too, and has its exact gradient.
+    distribution is given too, and has its exact gradient. With a ``cap`` c, logits are ``c tanh(hidden @ head.T / c)``
+    before they are divided (Gemma 2, arXiv 2408.00118, section 2).
 
     ``cotangent_BT`` announces the derivative of the loss by ``logp_BT``, up to one factor for all tokens, and makes
     the gradient a quarter cheaper. A loss whose derivative is not as announced gets NaN gradients. Raises ValueError
     where it comes with ``entropy``, of which nothing is announced.
     """
-    how = _How(temperature, entropy)
+    how = _How(cap, temperature, entropy)
     with jax.named_scope("token_logp"):
         if cotangent_BT is None:
             return _scores(how, hidden_BTD, head_VD, targets_BT)
@@ -69,8 +75,9 @@ def token_logp(
 
 
 class _How(NamedTuple):
-    """What is computed of the logits, and what they are divided by first."""
+    """What is computed of the logits, and what they are capped and divided by first."""
 
+    cap: float | None
     temperature: float
     entropy: bool
 
@@ -193,7 +200,7 @@ def _local_linear(axes: _Axes, how: _How, hidden_BTD: Any, head_VD: Any, targets
     def chunk(dhead_VD: jax.Array, arrays: Any) -> Any:
         hidden_MD, targets_M, cotangent_M = arrays
         logits_VM = _logits(how, head, hidden_MD)
-        (logp_M, correct_M, _), lse_M = _score(axes, how, logits_VM, targets_M)
+        (logp_M, correct_M, *_), lse_M = _score(axes, how, logits_VM, targets_M)
         dlogits_VM = _logits_gradient(axes, how, logits_VM, targets_M, lse_M, cotangent_M)
         dhead_VD, dhidden_MD = _gradients(axes, dhead_VD, head_DV, hidden_MD, dlogits_VM)
         return dhead_VD, (logp_M, correct_M, dhidden_MD)
@@ -205,8 +212,9 @@ def _local_linear(axes: _Axes, how: _How, hidden_BTD: Any, head_VD: Any, targets
 
 
 def _logits(how: _How, head: jax.Array, hidden_MD: jax.Array) -> jax.Array:
-    """Return fp32 logits ``[V, M]``, over the temperature."""
+    """Return fp32 logits ``[V, M]``, capped and over the temperature."""
     logits_VM = jax.lax.dot_general(head, hidden_MD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    logits_VM = logits_VM if how.cap is None else softcap(logits_VM, how.cap)
     return logits_VM if how.temperature == 1 else logits_VM / how.temperature
 
 
@@ -237,7 +245,7 @@ def _logits_gradient(
     entropy_M: jax.Array | None = None,
     dentropy_M: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the gradient ``[V, M]`` of a chunk's logits, as they are before they are divided by the temperature.
+    """Return the gradient ``[V, M]`` of a chunk's logits, as they are before they are capped and divided.
 
     By logit v, that of a log-prob is ``[v is the target] - p_v`` and that of the entropy H is ``-p_v (log p_v + H)``.
     """
@@ -246,9 +254,13 @@ def _logits_gradient(
     tokens_V = _first_token(axes, logits_VM) + jnp.arange(logits_VM.shape[0])
     hit_VM = (tokens_V[:, None] == targets_M).astype(jnp.float32)
     if entropy_M is None or dentropy_M is None:
-        return (hit_VM - jnp.exp(logits_VM - lse_M)) * dlogp_M
-    logp_VM, dentropy_M = logits_VM - lse_M, dentropy_M / how.temperature
-    return hit_VM * dlogp_M - jnp.exp(logp_VM) * (dlogp_M + (logp_VM + entropy_M) * dentropy_M)
+        gradient_VM = (hit_VM - jnp.exp(logits_VM - lse_M)) * dlogp_M
+    else:
+        logp_VM, dentropy_M = logits_VM - lse_M, dentropy_M / how.temperature
+        gradient_VM = hit_VM * dlogp_M - jnp.exp(logp_VM) * (dlogp_M + (logp_VM + entropy_M) * dentropy_M)
+    if how.cap is not None:  # the derivative of c tanh(x / c) is 1 - tanh(x / c)^2
+        gradient_VM = gradient_VM * (1 - jnp.square(logits_VM * (how.temperature / how.cap)))
+    return gradient_VM
 
 
 def _gradients(

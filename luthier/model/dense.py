@@ -1,7 +1,7 @@
 """The one matmul of activations with a weight, and its gradient.
 
 The weight's type decides how it is multiplied; today that is an array, the fp32 (or bf16) master itself. Left out on
-purpose: biases, which are plain additions in the model.
+purpose: products of one batch of activations with another, which are attention's.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def dense(einsum: str, x: jax.Array, w: jax.Array, *, out_dtype: Any = None) -> 
     _weight_axes(einsum)
     # Named here, so that the "dots" policy of `layers.remat` finds every matmul of a layer.
     return checkpoint_name(_array_dense(einsum, jnp.dtype(out_dtype or x.dtype), x, w), "dense")
+
+
+def biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Return ``x`` plus a bias where there is one, in the type of ``x``."""
+    return x if bias is None else x + bias.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

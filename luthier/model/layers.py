@@ -1,14 +1,17 @@
 """The small layers between matmuls, and what a layer's backward pass recomputes.
 
-The norm and the gate save only their inputs and compute in fp32 inside, so their intermediates never reach memory
-between the passes. Left out on purpose: norms and activations that no family here uses.
+The norm and the gates save only their inputs and compute in fp32 inside, so their intermediates never reach memory
+between the passes. Left out on purpose: norms and activations that no family here uses; of rotary positions, tables
+that change within a row (see ``rope_tables``).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ import numpy as np
 
 from luthier import mesh
 from luthier.model.cpu import fence
+from luthier.model.rope import Rope, inverse_frequencies
 
 # Names given to values inside `dense` and `attention`: matmul outputs, and what attention's gradient needs.
 SAVED = ("dense", "attention")
@@ -70,69 +74,161 @@ _differentiable_rms_norm = jax.custom_vjp(_rms_norm, nondiff_argnums=(2,))
 _differentiable_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-@jax.custom_vjp
-def silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Return ``silu(gate) * up`` in the type of ``gate`` (SwiGLU: Shazeer, arXiv 2002.05202)."""
-    gate32 = gate.astype(jnp.float32)
-    return (gate32 * jax.nn.sigmoid(gate32) * up.astype(jnp.float32)).astype(gate.dtype)
+def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Return ``activation(gate) * up`` in the type of ``gate`` (Shazeer, arXiv 2002.05202).
+
+    ``activation`` is "silu", or "gelu_tanh" (by tanh, as Hendrycks and Gimpel's arXiv 1606.08415 approximates it).
+    """
+    return _gated(activation, gate, up)
 
 
-def _silu_gate_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, Any]:
-    return silu_gate(gate, up), (gate, up)
+def _silu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return silu and its slope."""
+    sigmoid = jax.nn.sigmoid(x)
+    silu = x * sigmoid
+    return silu, sigmoid + silu * (1 - sigmoid)
 
 
-def _silu_gate_backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gelu_tanh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return gelu by its tanh approximation, and its slope."""
+    outer, inner = math.sqrt(2 / math.pi), 0.044715
+    square = jnp.square(x)
+    tanh = jnp.tanh(outer * x * (1 + inner * square))
+    slope = (1 + tanh) / 2 + x / 2 * (1 - jnp.square(tanh)) * outer * (1 + 3 * inner * square)
+    return x * (1 + tanh) / 2, slope
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    value, _ = _ACTIVATIONS[activation](gate.astype(jnp.float32))
+    return (value * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def _gated_forward(activation: str, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, Any]:
+    return _gated(activation, gate, up), (gate, up)
+
+
+def _gated_backward(activation: str, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     gate, up = saved
     gate32, up32, dy32 = (array.astype(jnp.float32) for array in (gate, up, dy))
-    sigmoid = jax.nn.sigmoid(gate32)
-    silu = gate32 * sigmoid
-    dgate = dy32 * up32 * (sigmoid + silu * (1 - sigmoid))
-    return dgate.astype(gate.dtype), (dy32 * silu).astype(up.dtype)
+    value, slope = _ACTIVATIONS[activation](gate32)
+    return (dy32 * up32 * slope).astype(gate.dtype), (dy32 * value).astype(up.dtype)
 
 
-silu_gate.defvjp(_silu_gate_forward, _silu_gate_backward)
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
-def rope_tables(positions_BT: jax.Array, frequencies: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Return (cos, sin), each fp32 ``[B, T, H]``, of positions times the ``H / 2`` frequencies, which appear twice."""
-    angles = positions_BT[..., None].astype(jnp.float32) * jnp.concatenate([frequencies, frequencies])
-    return jnp.cos(angles), jnp.sin(angles)
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """Return ``x`` bent to stay within ``cap`` of 0 (Gemma 2, arXiv 2408.00118), computed in fp32."""
+    return (jnp.tanh(x.astype(jnp.float32) / cap) * cap).astype(x.dtype)
 
 
-def apply_rope(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate each head by its position: dimension i is paired with i + H/2, as in Hugging Face's Llama.
+class Turned(NamedTuple):
+    """Which numbers of a head are turned: ``size`` from ``start`` on, in pairs (i, i + half) or next to each other."""
+
+    start: int
+    size: int
+    interleaved: bool
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places in a head of each pair's first and second number."""
+        numbers = np.arange(self.start, self.start + self.size)
+        first, second = numbers.reshape(-1, 2).T if self.interleaved else numbers.reshape(2, -1)
+        return first, second
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rotation:
+    """How positions turn a head: (cos, sin), each fp32 ``[B, T, H]``, 1 and 0 for what is not turned."""
+
+    cos_BTH: jax.Array
+    sin_BTH: jax.Array
+    turned: Turned = field(metadata={"static": True})
+
+    def at_the_end_of(self, head_dim: int) -> Rotation:
+        """Return the rotation of wider heads, whose last numbers are turned as these are."""
+        more = head_dim - self.cos_BTH.shape[-1]
+        before = ((0, 0), (0, 0), (more, 0))
+        # Fenced, so that a CPU pads them once and not for every head.
+        cos_BTH = fence(jnp.pad(self.cos_BTH, before, constant_values=1.0))
+        sin_BTH = fence(jnp.pad(self.sin_BTH, before))
+        return Rotation(cos_BTH, sin_BTH, self.turned._replace(start=self.turned.start + more))
+
+
+def rope_tables(positions_BT: jax.Array, rope: Rope, head_dim: int) -> Rotation:
+    """Return how each position turns a head of ``head_dim`` numbers.
+
+    Where ``rope`` has other frequencies for long texts, a row's greatest position decides on all of the row, so that
+    no row's result depends on what else is in its batch. What a cache already holds stays as it was.
+    """
+    turned = Turned(0, rope.rotary_dim(head_dim), rope.interleaved)
+    positions_BT1 = positions_BT[..., None].astype(jnp.float32)
+    frequencies: Any = _per_number(turned, inverse_frequencies(rope, head_dim))
+    if rope.rope_type == "longrope":
+        long = _per_number(turned, inverse_frequencies(rope, head_dim, long=True))
+        beyond_B = jnp.max(positions_BT, axis=1) >= rope.original_max_position_embeddings
+        frequencies = jnp.where(beyond_B[:, None, None], long, frequencies)
+    angles = positions_BT1 * frequencies
+    cos_BTR, sin_BTR = jnp.cos(angles), jnp.sin(angles)
+    if rope.table_factor != 1.0:
+        cos_BTR, sin_BTR = cos_BTR * rope.table_factor, sin_BTR * rope.table_factor
+    after = ((0, 0), (0, 0), (0, head_dim - turned.size))
+    if turned.size != head_dim:
+        cos_BTR, sin_BTR = jnp.pad(cos_BTR, after, constant_values=1.0), jnp.pad(sin_BTR, after)
+    return Rotation(cos_BTR, sin_BTR, turned)
+
+
+def _per_number(turned: Turned, frequencies: np.ndarray) -> np.ndarray:
+    return np.repeat(frequencies, 2) if turned.interleaved else np.concatenate([frequencies, frequencies])
+
+
+def apply_rope(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turn the pairs of each head's numbers by the head's position.
 
     Formula: Su et al., arXiv 2104.09864.
     """
-    cos_BTH, sin_BTH = tables
-    return _rotate(x_BTNH, cos_BTH, sin_BTH)
+    return _rotate(rotation.turned, x_BTNH, rotation.cos_BTH, rotation.sin_BTH)
 
 
-@jax.custom_vjp
-def _rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    turned = _quarter_turn(x_BTNH).astype(jnp.float32)
-    rotated = x_BTNH.astype(jnp.float32) * cos_BTH[:, :, None] + turned * sin_BTH[:, :, None]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rotate(turned: Turned, x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    quarter = _quarter_turn(turned, x_BTNH).astype(jnp.float32)
+    rotated = x_BTNH.astype(jnp.float32) * cos_BTH[:, :, None] + quarter * sin_BTH[:, :, None]
     return fence(rotated.astype(x_BTNH.dtype))
 
 
-def _rotate_forward(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> tuple[jax.Array, Any]:
-    return _rotate(x_BTNH, cos_BTH, sin_BTH), (cos_BTH, sin_BTH)
+def _rotate_forward(turned: Turned, x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> tuple[jax.Array, Any]:
+    return _rotate(turned, x_BTNH, cos_BTH, sin_BTH), (cos_BTH, sin_BTH)
 
 
-def _rotate_backward(saved: Any, dy_BTNH: jax.Array) -> tuple[jax.Array, None, None]:
+def _rotate_backward(turned: Turned, saved: Any, dy_BTNH: jax.Array) -> tuple[jax.Array, None, None]:
     cos_BTH, sin_BTH = saved
-    return _rotate(fence(dy_BTNH), cos_BTH, -sin_BTH), None, None  # a rotation's transpose turns the other way
+    # A rotation's transpose turns the other way.
+    return _rotate(turned, fence(dy_BTNH), cos_BTH, -sin_BTH), None, None
 
 
 _rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
-def _quarter_turn(x_BTNH: jax.Array) -> jax.Array:
-    """Return ``(-second half, first half)`` of the last axis."""
-    half = x_BTNH.shape[-1] // 2
-    if mesh.platform() != "cpu":
-        return jnp.concatenate([-x_BTNH[..., half:], x_BTNH[..., :half]], axis=-1)
-    # On a CPU, slices of the innermost axis spoil the fusions around them; a product with a constant does not, and is
-    # as exact.
-    turn_HH = jnp.asarray(np.eye(2 * half, k=half) - np.eye(2 * half, k=-half), x_BTNH.dtype)
-    return jax.lax.dot(x_BTNH.reshape(-1, 2 * half), turn_HH).reshape(x_BTNH.shape)
+def _quarter_turn(turned: Turned, x_BTNH: jax.Array) -> jax.Array:
+    """Return (-second, first) in the places of each (first, second) pair, and 0 in those of no pair."""
+    width = x_BTNH.shape[-1]
+    if mesh.platform() == "cpu":
+        # On a CPU, slices of the innermost axis spoil the fusions around them; a product with a constant does not, and
+        # is as exact.
+        first, second = turned.pairs()
+        turn_HH = np.zeros((width, width))
+        turn_HH[first, second], turn_HH[second, first] = 1, -1
+        return jax.lax.dot(x_BTNH.reshape(-1, width), jnp.asarray(turn_HH, x_BTNH.dtype)).reshape(x_BTNH.shape)
+    start, size, interleaved = turned
+    x_BTNR = x_BTNH[..., start : start + size]
+    if interleaved:
+        x_BTNP2 = x_BTNR.reshape(*x_BTNR.shape[:-1], size // 2, 2)
+        quarter_BTNR = jnp.stack([-x_BTNP2[..., 1], x_BTNP2[..., 0]], axis=-1).reshape(x_BTNR.shape)
+    else:
+        quarter_BTNR = jnp.concatenate([-x_BTNR[..., size // 2 :], x_BTNR[..., : size // 2]], axis=-1)
+    return jnp.pad(quarter_BTNR, ((0, 0), (0, 0), (0, 0), (start, width - start - size)))

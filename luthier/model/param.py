@@ -27,12 +27,27 @@ Tree = Any
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which entries of a tensor's axis are one weight's own, where several weights lie in one tensor.
+
+    ``axis`` is one of the names of the weight's layout, ``whole`` how many entries it has in the tensor; the weight's
+    are every ``step``-th from ``start`` on, as many as its shape says.
+    """
+
+    axis: str
+    start: int
+    whole: int
+    step: int = 1
+
+
+@dataclass(frozen=True)
 class Param:
     """One weight.
 
     ``tensor`` is its Hugging Face name, with a placeholder such as ``{layer}`` for each entry of ``stack``; ``layout``
     is the einops arrow from that tensor to one slice of ours; ``axes`` are our logical axes and ``shape`` their sizes,
     the stacked ones leading. ``stack`` maps each leading axis to the indices of the tensors that are stacked there.
+    ``part`` says which part of the tensor is this weight, None for all of it.
     """
 
     tensor: str
@@ -41,6 +56,7 @@ class Param:
     shape: tuple[int, ...]
     init: Literal["normal", "zeros", "ones"] = "normal"
     stack: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    part: Part | None = None
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
@@ -71,8 +87,8 @@ class Param:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to matrices, not to norms and biases."""
-        return len(self.tensor_shape) > 1
+        """Whether weight decay applies: to matrices, not to norms and biases, whatever their shape."""
+        return self.init == "normal"
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return {Hugging Face name: index of its slice in our array}."""
@@ -87,19 +103,45 @@ class Param:
 
     def from_tensor(self, tensor: np.ndarray) -> np.ndarray:
         """Return one slice of ours from a Hugging Face tensor; a view where the layout allows it."""
-        return einops.rearrange(tensor, self.layout, **self._split_sizes())
+        return einops.rearrange(tensor, self.layout, **self._split_sizes())[self._own]
 
-    def to_tensor(self, piece: np.ndarray) -> np.ndarray:
-        """Return the Hugging Face tensor from one slice of ours: ``from_tensor`` backwards."""
+    def into_tensor(self, piece: np.ndarray, tensor: np.ndarray) -> None:
+        """Write one slice of ours into a Hugging Face tensor: ``from_tensor`` backwards."""
         left, right = self.layout.split("->")
-        return einops.rearrange(piece, f"{right.strip()} -> {left.strip()}", **self._split_sizes())
+        whole = piece
+        if self.part is not None:
+            whole = np.empty(tuple(self._sizes().values()), piece.dtype)
+            # What lies between is other weights': it is taken from the tensor, and so put back as it was.
+            whole[...] = einops.rearrange(tensor, self.layout, **self._split_sizes())
+            whole[self._own] = piece
+        tensor[...] = einops.rearrange(whole, f"{right.strip()} -> {left.strip()}", **self._split_sizes())
+
+    @property
+    def _own(self) -> tuple[slice, ...]:
+        """Where in the rearranged tensor this weight lies."""
+        if self.part is None:
+            return ()
+        axis, part = self.names.index(self.part.axis), self.part
+        end = part.start + self.slice_shape[axis] * part.step
+        return (*[slice(None)] * axis, slice(part.start, end, part.step))
 
     def _sizes(self) -> dict[str, int]:
-        return dict(zip(self.names, self.slice_shape, strict=True))
+        """Return {name of the layout: its size in the tensor}."""
+        sizes = dict(zip(self.names, self.slice_shape, strict=True))
+        return sizes if self.part is None else sizes | {self.part.axis: self.part.whole}
 
     def _split_sizes(self) -> dict[str, int]:
         joined = [name for side in self.sides if len(side) > 1 for name in side]
         return {name: size for name, size in self._sizes().items() if name in joined}
+
+
+def declare(sizes: Mapping[str, int]) -> Callable[..., Param]:
+    """Return ``weight(tensor, layout, *axes, **kind)``, which makes a ``Param`` of axes of these sizes."""
+
+    def weight(tensor: str, layout: str, *axes: str, **kind: Any) -> Param:
+        return Param(tensor, layout, axes, tuple(sizes[axis] for axis in axes), **kind)
+
+    return weight
 
 
 def stacked(spec: Tree, axis: str, indices: Sequence[int]) -> Tree:

@@ -14,23 +14,33 @@ class Prefixed(NamedTuple):
     """Segments of which some go on from another segment of their row, as completions of one prompt do.
 
     ``own_BT`` numbers the segments, 0 for padding; ``prefix_BT`` is the segment that a token's own goes on from, and
-    its own where it goes on from none. A prefix stands in the row before all that go on from it.
+    its own where it goes on from none. A prefix stands in the row before all that go on from it, but not next to them:
+    so ``positions_BT`` tells how far apart tokens are, which a layer with a window asks for.
     """
 
     own_BT: jax.Array
     prefix_BT: jax.Array
+    positions_BT: jax.Array | None = None
 
 
 Segments = jax.Array | Prefixed | None
 """Numbers ``[B, T]`` of segments that stand alone, ``Prefixed`` ones, or None: rows of one segment each."""
 
 
-def related(queries: Any, keys: Any) -> jax.Array:
+def related(queries: Any, keys: Any, window: int | None) -> jax.Array:
     """Return ``[B, Q, S]``: whether each key lies in its query's segment or in the one which that goes on from.
 
-    ``queries`` and ``keys`` are parts of the same ``Segments``, not None.
+    Of prefixed segments, only the keys are that lie in the ``window`` of positions that ends with the query; elsewhere
+    the order in the row says that. ``queries`` and ``keys`` are parts of the same ``Segments``, not None.
+
+    Raises ValueError for a window over prefixed segments that lack positions.
     """
     if not isinstance(queries, Prefixed):
         return queries[:, :, None] == keys[:, None, :]
     own_BS = keys.own_BT[:, None, :]
-    return (queries.own_BT[:, :, None] == own_BS) | (queries.prefix_BT[:, :, None] == own_BS)
+    related_BQS = (queries.own_BT[:, :, None] == own_BS) | (queries.prefix_BT[:, :, None] == own_BS)
+    if window is None:
+        return related_BQS
+    if queries.positions_BT is None:
+        raise ValueError("attention: prefixed segments lack positions, by which a window is counted")
+    return related_BQS & (queries.positions_BT[:, :, None] - keys.positions_BT[:, None, :] < window)

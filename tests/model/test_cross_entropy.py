@@ -114,6 +114,27 @@ def test_equals_torch() -> None:
         assert_close(one, other.numpy())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("linear", [False, True])
+def test_capped_logits_have_their_own_values_and_gradients(linear: bool, temperature: float) -> None:
+    hidden_BTD, head_VD, targets_BT, weights_BT = arrays()
+
+    def capped(hidden_BTD, head_VD, targets_BT):
+        logits_BTV = 2.5 * jnp.tanh(hidden_BTD @ head_VD.T / 2.5)
+        logp_BTV = jax.nn.log_softmax(logits_BTV / temperature)
+        return jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0], logits_BTV.argmax(
+            -1
+        ) == targets_BT
+
+    function = announced(weights_BT) if linear else token_logp
+    ours = value_and_gradients(
+        functools.partial(function, cap=2.5, temperature=temperature), hidden_BTD, head_VD, targets_BT, weights_BT
+    )
+    theirs = value_and_gradients(capped, hidden_BTD, head_VD, targets_BT, weights_BT)
+    for one, other in zip((ours[0], *ours[2:]), (theirs[0], *theirs[2:]), strict=True):
+        assert_close(one, other)
+
+
 def with_entropy(function):
     """Return loss, scores and gradients of a loss in log-probs and entropies, neither of them linear."""
 

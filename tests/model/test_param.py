@@ -56,4 +56,4 @@ def test_random_weights_depend_on_the_seed_and_not_on_the_mesh() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), jax.device_get(here), jax.device_get(there))
     assert np.std(here["embed"]) == pytest.approx(0.02, rel=0.05)
     assert not np.array_equal(here["embed"], other["embed"])
-    assert np.all(np.asarray(here["layers"]["attn_norm"]) == 1)
+    assert np.all(np.asarray(here["layers"]["0"]["before_attention"]) == 1)

@@ -1,7 +1,7 @@
 """Model families, one file each, found by Hugging Face's ``model_type``.
 
-A family module offers ``MODEL_TYPES``, ``Config`` (with ``from_hf``), ``spec(config)``, ``cache_lines(config)``,
-``forward(...)`` and ``head(params)``. A new family is a new file here; nothing else names it.
+A family module offers ``MODEL_TYPES`` and ``read(config)``, which makes a ``Decoder`` of a ``config.json``. A new
+family is a new file here; nothing else names it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def find(config: Mapping[str, Any], place: str) -> ModuleType:
         hint = did_you_mean(model_type, list(known))
         raise UserError(
             f"{place}: model type `{model_type or 'missing'}` is not supported.{hint} "
-            f"Known: {', '.join(sorted(known))}."
+            f"Known: {', '.join(sorted(known))}. A new one is one file, luthier/model/families/NAME.py: see "
+            "docs/adding-a-family.md."
         )
     return known[model_type]
