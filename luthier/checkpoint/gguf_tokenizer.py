@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from luthier.checkpoint.gguf import read_header
+from luthier.checkpoint.gguf_file import read_header
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,13 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Qwen's cuts digits one by one, Llama's by threes; else they are one.
+_SPLITS = {"llama3": _LLAMA3, "qwen2": _LLAMA3.replace("{1,3}", ""), "tekken": _TEKKEN}
 _RULES = {
     "gpt-2": "gpt2",
     "smollm": "digits",
@@ -34,7 +41,12 @@ _RULES = {
     "llama-bpe": "llama3",
     "llama3": "llama3",
     "llama-v3": "llama3",
+    "qwen2": "qwen2",
+    "deepseek-r1-qwen": "qwen2",
+    "tekken": "tekken",
 }
+# Whose texts begin with bos unless the file says otherwise, and whose whole words are taken without merges.
+_WHOLE_WORDS = ("llama3", "tekken")
 _SPACE = "▁"
 
 
@@ -81,15 +93,17 @@ def _byte_level(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     vocab = {token: number for number, token in enumerate(metadata["ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in metadata["ggml.merges"]]
     rule = _RULES[name]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule == "llama3"))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule in _WHOLE_WORDS))
+    if rule == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _cut(rule)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _cut(rule: str) -> Any:
-    if rule == "llama3":
-        split = pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")
+    if rule in _SPLITS:
+        split = pre_tokenizers.Split(Regex(_SPLITS[rule]), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     by_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if rule == "digits":
@@ -98,11 +112,16 @@ def _cut(rule: str) -> Any:
 
 
 def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
-    """SentencePiece's BPE as Llama 2 has it: spaces become a letter, unknown characters their bytes."""
-    tokens = metadata["ggml.tokens"]
+    """SentencePiece's BPE as Llama 2 and Gemma have it: spaces become a letter, unknown characters their bytes."""
+    tokens = [_spelled(token) for token in metadata["ggml.tokens"]]
     vocab = {token: number for number, token in enumerate(tokens)}
     unknown = tokens[metadata.get("ggml.unknown_token_id", 0)]
-    merges = _merges(tokens, metadata["ggml.scores"])
+    # Runs of spaces have been given scores that are none: in Gemma's own merges the longest come first of all.
+    scores = [
+        len(token) if token != given else score
+        for token, given, score in zip(tokens, metadata["ggml.tokens"], metadata["ggml.scores"], strict=True)
+    ]
+    merges = _merges(tokens, scores)
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = metadata.get("ggml.add_space_prefix", True)
     steps = [normalizers.Prepend(_SPACE)] if prefix else []
@@ -111,6 +130,11 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
     joined = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*joined, *strip])
     return tokenizer
+
+
+def _spelled(token: str) -> str:
+    """Return a token as its own tokenizer spells it; llama.cpp writes Gemma's runs of spaces as spaces."""
+    return _SPACE * len(token) if len(token) > 1 and not token.strip(" ") else token
 
 
 def _merges(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
@@ -128,7 +152,10 @@ def _merges(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, s
 
 def _added(metadata: Mapping[str, Any]) -> list[AddedToken]:
     """Return the tokens that are matched whole before anything else."""
-    kinds = zip(metadata["ggml.tokens"], metadata.get("ggml.token_type", ()), strict=False)
+    tokens = metadata["ggml.tokens"]
+    if metadata["ggml.model"] == "llama":
+        tokens = [_spelled(token) for token in tokens]
+    kinds = zip(tokens, metadata.get("ggml.token_type", ()), strict=False)
     return [
         AddedToken(token, normalized=False, special=kind == _CONTROL)
         for token, kind in kinds
@@ -138,8 +165,8 @@ def _added(metadata: Mapping[str, Any]) -> list[AddedToken]:
 
 def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], named: Mapping[str, str]) -> None:
     """Put bos before and eos after a text, where the file asks for it or llama.cpp's default for its kind does."""
-    llama = metadata["ggml.model"] == "llama" or _RULES.get(metadata.get("ggml.pre", "")) == "llama3"
-    bos = [named["bos_token"]] if metadata.get("ggml.add_bos_token", llama) and "bos_token" in named else []
+    usual = metadata["ggml.model"] == "llama" or _RULES.get(metadata.get("ggml.pre", "")) in _WHOLE_WORDS
+    bos = [named["bos_token"]] if metadata.get("ggml.add_bos_token", usual) and "bos_token" in named else []
     eos = [named["eos_token"]] if metadata.get("ggml.add_eos_token", False) and "eos_token" in named else []
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*bos, "$A", *eos],

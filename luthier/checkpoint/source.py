@@ -15,26 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from luthier.checkpoint import gguf, hub, tensors
+from luthier.checkpoint import gguf, hub, maxtext_names, quantised, tensors
 from luthier.config import ModelKeys
 from luthier.errors import UserError, did_you_mean
 
-# MaxText's names of Llama models and the hub's.
-MAXTEXT_NAMES = {
-    "llama2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama2-70b": "meta-llama/Llama-2-70b-hf",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama3-70b": "meta-llama/Meta-Llama-3-70B",
-    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
-    "llama3.1-8b-Instruct": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
-    "llama3.1-70b-Instruct": "meta-llama/Llama-3.1-70B-Instruct",
-    "llama3.1-405b": "meta-llama/Llama-3.1-405B",
-    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
-    "llama3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
-}
 _ACCEPTED = "Give a Hugging Face folder, a hub id, a .gguf file or a Luthier run."
 
 
@@ -65,10 +49,21 @@ class Source:
             return {}
         if self.kind == "gguf":
             return gguf.read_tensors(self.path)
+        folder = self.path
         if self.hub_id:
             patterns = [*hub.SMALL_FILES, *hub.WEIGHT_FILES]
-            return tensors.read_folder(hub.fetch(self.hub_id, patterns, self.token, revision=self.path.name))
-        return tensors.read_folder(self.path)
+            folder = hub.fetch(self.hub_id, patterns, self.token, revision=self.path.name)
+        return quantised.as_floats(tensors.read_folder(folder), self.config, folder)
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """What ``config`` says of the text model: of a multimodal one, its ``text_config`` before the rest."""
+        return self.config | (self.config.get("text_config") or {})
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model was made for, where ``config`` says."""
+        return self.text.get("max_position_embeddings")
 
 
 def resolve(keys: ModelKeys) -> Source:
@@ -95,9 +90,9 @@ def _find(name: str, key: str, token: str | None) -> Source:
         raise UserError(f"{key}={name}: buckets cannot be read yet. Copy it to a local folder first.")
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or "\\" in name:
         raise UserError(f"{key}={name}: no such file or folder. {_ACCEPTED}")
-    hub_id = MAXTEXT_NAMES.get(name, name)
+    hub_id = maxtext_names.HUB_IDS.get(name, name)
     if "/" not in hub_id:
-        hint = did_you_mean(name, list(MAXTEXT_NAMES))
+        hint = did_you_mean(name, list(maxtext_names.HUB_IDS))
         raise UserError(f"{key}={name}: no such folder, and no model name known here.{hint} {_ACCEPTED}")
     folder = hub.fetch(hub_id, hub.SMALL_FILES, token)
     return replace(_hugging_face(folder, hub_id, f"{key}={name}"), hub_id=hub_id, token=token)
@@ -151,9 +146,9 @@ def _read_config(folder: Path, place: str) -> dict[str, Any]:
     config = _read_json(path)
     if "model_type" not in config:
         raise UserError(f"{path}: no `model_type`, so it is not a model's config.json.")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
-        raise UserError(f"{place}: quantised with {method}, which cannot be trained. Give the unquantised checkpoint.")
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise UserError(f"{path}: its `text_config` is not a JSON object. Take the model's original file.")
+    quantised.check(config, place)
     return config
 
 

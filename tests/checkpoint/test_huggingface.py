@@ -56,7 +56,7 @@ def test_each_device_holds_its_part_of_what_one_would_hold(tmp_path):
     mesh = mesh_lib.make(keys(ici_fsdp_parallelism=4, ici_tensor_parallelism=2))
     parts = huggingface.load(source, spec_of(TINY), jnp.float32, mesh)
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
-    q = parts["layers"]["q"]
+    q = parts["layers"]["0"]["attention"]["q"]
     assert q.sharding == mesh_lib.sharding(("layer", "embed", "heads", "head_dim"), q.shape, mesh)
     assert q.addressable_shards[0].data.shape == (3, 16, 2, 16)
 

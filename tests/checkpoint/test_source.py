@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 from folders import keys, random_tensors, write_folder
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import validate_repo_id
 
 from luthier.checkpoint import hub
-from luthier.checkpoint.source import MAXTEXT_NAMES, resolve
+from luthier.checkpoint.maxtext_names import HUB_IDS
+from luthier.checkpoint.source import resolve
 from luthier.errors import UserError
 from luthier.model.model import Model
 from tiny import TINY
@@ -93,6 +95,7 @@ def gguf_folder(folder):
         (broken_generation_config, "generation_config.json: not valid JSON"),
         (list_for_generation_config, "generation_config.json: not a JSON object"),
         (other_json, "no `model_type`"),
+        (lambda folder: write_folder(folder, TINY | {"text_config": [1]}, {}), "`text_config` is not a JSON object"),
         (gguf_folder, "a.gguf"),
     ],
 )
@@ -107,7 +110,7 @@ def test_folders_that_cannot_be_read_say_what_to_do(tmp_path, make, message):
     [
         ({"hidden_size": "64"}, 'hidden_size="64" is not a positive integer'),
         ({"num_hidden_layers": 3.0}, "num_hidden_layers=3.0 is not a positive integer"),
-        ({"vocab_size": None}, "vocab_size=null is not a positive integer"),
+        ({"vocab_size": True}, "vocab_size=true is not a positive integer"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 is not a positive integer"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0 is not a positive integer"),
         ({"intermediate_size": [128]}, r"intermediate_size=\[128\] is not a positive integer"),
@@ -127,10 +130,14 @@ def test_a_wrong_value_in_config_json_is_named_with_its_file(changes, message):
 
 def test_what_config_json_leaves_out_or_leaves_empty_has_transformers_defaults():
     empty = {"num_key_value_heads": None, "head_dim": None, "mlp_bias": None}
-    config = Model.from_hf(TINY | empty, "m").config
-    assert (config.num_key_value_heads, config.head_dim, config.mlp_bias) == (4, 16, False)
-    with pytest.raises(UserError, match=r"m: config\.json lacks 'hidden_size'"):
-        Model.from_hf({name: value for name, value in TINY.items() if name != "hidden_size"}, "m")
+    layer = Model.from_hf(TINY | empty, "m").config.layers[0]
+    assert (layer.attention.kv_heads, layer.attention.head_dim, layer.mlp.bias) == (4, 16, False)
+    for config in (
+        {name: value for name, value in TINY.items() if name != "hidden_size"},
+        TINY | {"hidden_size": None},
+    ):
+        with pytest.raises(UserError, match=r"m: config\.json lacks 'hidden_size'"):
+            Model.from_hf(config, "m")
 
 
 def test_real_maxtext_items_are_refused(data_folder):
@@ -147,6 +154,9 @@ def test_real_maxtext_items_are_refused(data_folder):
         ("a/b/c", "no such file or folder"),
         ("gs://bucket/model", "buckets cannot be read"),
         ("llama3.1-8B", r"Did you mean `llama3.1-8b`\?"),
+        ("gemma3-5b", r"no model name known here. Did you mean `gemma3-4b`\?"),
+        ("qwen3-30b-a3", r"Did you mean `qwen3-30b-a3b`\?"),
+        ("deepseek3-67b", r"Did you mean `deepseek3-671b`\?"),
     ],
 )
 def test_names_that_mean_nothing(name, message):
@@ -168,7 +178,24 @@ def test_maxtext_names_mean_hub_ids(tmp_path, monkeypatch):
     assert asked == ["meta-llama/Llama-3.1-8B"]
     assert source.hub_id == source.name == "meta-llama/Llama-3.1-8B"
     assert "secret" not in repr(source)
-    assert all("/" in hub_id for hub_id in MAXTEXT_NAMES.values())
+
+
+def test_the_text_models_settings_are_found_inside_a_multimodal_config(tmp_path):
+    text = {"max_position_embeddings": 77, "eos_token_id": 5}
+    write_folder(tmp_path, {"model_type": "gemma3", "bos_token_id": 3, "eos_token_id": [5, 6], "text_config": text}, {})
+    source = resolve(keys(tmp_path))
+    assert source.context_length == 77
+    assert (source.text["bos_token_id"], source.text["eos_token_id"]) == (3, 5)
+    assert source.config["eos_token_id"] == [5, 6]
+
+
+@pytest.mark.parametrize("name", HUB_IDS)
+def test_every_maxtext_name_is_a_well_formed_hub_id(tmp_path, monkeypatch, name):
+    write_folder(tmp_path, TINY, {})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    hub_id = resolve(keys(model_name=name)).hub_id
+    validate_repo_id(hub_id)
+    assert hub_id.count("/") == 1
 
 
 def test_weights_of_a_hub_model_are_fetched_when_first_asked_for_at_the_same_commit(tmp_path, monkeypatch):

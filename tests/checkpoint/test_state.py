@@ -16,13 +16,13 @@ from luthier import mesh as mesh_lib
 from luthier.checkpoint.state import Checkpoints
 from luthier.errors import RunError, UserError
 from luthier.model import param
-from luthier.model.families import llama
+from luthier.model.model import Model
 from tiny import TINY
 
 
 def make_state(mesh, seed=0):
     """Weights, Adam's moments in another type, and a step, on ``mesh``."""
-    spec = llama.spec(llama.Config.from_hf(TINY))
+    spec = Model.from_hf(TINY, "test").spec
     random = np.random.default_rng(seed)
     shardings = param.shardings(spec, mesh)
 

@@ -219,3 +219,17 @@ def test_sentencepiece_without_the_space_before(tmp_path):
     tokenizer, tokens = sentencepiece(tmp_path / "t.gguf", add_space_prefix=False)
     assert [tokens[i] for i in tokenizer("hello").input_ids] == ["<s>", "hello"]
     assert tokenizer.decode(tokenizer("hello").input_ids, skip_special_tokens=True) == "hello"
+
+
+def test_gemmas_runs_of_spaces_are_joined_before_all_else(tmp_path):
+    """llama.cpp writes them as spaces and with no score; the model itself has them in its letter for a space."""
+    tokens = ["<unk>", "▁", "a", "  ", "   ", "▁a"]
+    types = ["normal", "normal", "normal", "user", "user", "normal"]
+    scores = [0.0, -9.0, -9.0, -1000.0, -1000.0, -1.0]
+    options = {"scores": scores, "types": types, "add_space_prefix": False}
+    tokenizer = write_tokenizer(tmp_path / "t.gguf", "llama", tokens, **options)
+    assert tokenizer("   a").input_ids == [4, 2]
+    assert tokenizer("    a").input_ids == [4, 5]
+    assert tokenizer("a a  a").input_ids == [2, 5, 3, 2]
+    assert tokenizer("▁▁").input_ids == [3]
+    assert tokenizer.decode([4, 5, 3]) == "    a  "
