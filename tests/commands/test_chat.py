@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -21,6 +22,7 @@ import tiny
 from luthier import cli
 from luthier import mesh as mesh_lib
 from luthier.checkpoint import huggingface
+from luthier.checkpoint.source import Source
 from luthier.commands import chat, chat_terminal
 from luthier.commands.chat_session import HELP, Said, Session, Voice
 from luthier.config import resolve
@@ -72,7 +74,7 @@ class Scripted:
 
 
 def voice(engine, name: str = "tiny", **generation) -> Voice:
-    source = SimpleNamespace(name=name, config={"eos_token_id": 2}, generation_config=generation)
+    source = Source("huggingface", name, Path(name), {"eos_token_id": 2}, generation_config=generation)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=len(WORDS)))
     return Voice(SimpleNamespace(source=source, model=model, tokenizer=WORDS), engine, Rendering())
 
@@ -438,7 +440,10 @@ def test_a_terminal_streams_stops_and_is_left(tmp_path):
     person.wait_for("(stopped)")
     person.type("/system be\n")
     person.wait_for("The system message is set")
-    person.type("not sent\x03")
+    person.type("not sent")
+    person.wait_for("not sent")
+    time.sleep(0.3)  # readline takes up a signal while it waits, not while it reads what came with it
+    person.press("\x03")
     person.wait_for("Ctrl-C again, Ctrl-D or /exit leaves.")
     person.type("\x04")
     assert person.process.wait(timeout=60) == 0
