@@ -101,6 +101,9 @@ class PolicyBatch:
 
     M tokens of a row are scored: ``targets_BM``, each predicted from the state at ``sources_BM``. ``places_BSC`` finds
     token c of the row's sequence s among them. ``rollouts`` holds those B * S sequences, of C tokens.
+
+    ``routes_BTLk`` int16 are the k experts that each of L layers is to send a token to, negative where its router
+    chooses; None: everywhere.
     """
 
     tokens_BT: Array
@@ -111,13 +114,15 @@ class PolicyBatch:
     targets_BM: Array
     places_BSC: Array
     rollouts: Rollouts
+    routes_BTLk: Array = None
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """One completion on the host: ``prompt_T``, then ``tokens_T`` int32 of which the model itself drew ``mask_T``.
 
-    ``sampler_logp_T``, ``old_logp_T`` and ``reference_logp_T`` as in ``Rollouts``.
+    ``sampler_logp_T``, ``old_logp_T`` and ``reference_logp_T`` as in ``Rollouts``. ``routes_TLk`` int16 are the experts
+    that prompt and completion, but for its last token, are to be sent to; None: those that the router chooses.
     """
 
     prompt_T: np.ndarray
@@ -127,3 +132,4 @@ class Trajectory:
     old_logp_T: np.ndarray | None
     reference_logp_T: np.ndarray | None
     advantage: float
+    routes_TLk: np.ndarray | None = None

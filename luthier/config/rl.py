@@ -69,6 +69,9 @@ class PolicyKeys(Keys):
         "more than rounding.",
     )
     importance_sampling_cap: float = key(2.0, "Greatest such ratio.", gt=0)
+    routing_replay: bool = key(
+        False, "Send tokens to the experts that the sampler sent them to; for mixtures of experts."
+    )
     max_logp_difference: float = key(
         0.05, "Warn where log-probs of sampler and trainer differ by more than this on average.", gt=0
     )

@@ -24,7 +24,8 @@ class Layout:
 
     It has ``rows`` rows of ``row_length`` tokens. In a row, at most ``scored`` tokens are trained and ``sequences``
     completions stand, each of at most ``completion_length`` tokens. Where prompts are not ``shared``, each completion
-    stands behind a prompt of its own.
+    stands behind a prompt of its own. ``routes`` are the layers with experts and a token's experts in each, where the
+    sampler's are replayed.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class Layout:
     sequences: int
     completion_length: int
     shared: bool = True
+    routes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class _Row:
 def pack(trajectories: Sequence[Trajectory], layout: Layout) -> list[Packed]:
     """Return micro-batches that hold each trajectory once; what is left of the last one is padding.
 
-    Trajectories of equal prompts are a group, in whatever order they come. Rollouts have old and reference log-probs
+    Trajectories of equal prompts, which were sent to the same experts, are a group, in whatever order they come. Where
+    it is not known where a token is to be sent, its routes are -1. Rollouts have old and reference log-probs
     where the trajectories have. Raises ValueError where a trajectory does not fit in a row, lacks a prompt, or only
     some have such log-probs.
     """
@@ -96,7 +99,7 @@ def _filled(trajectories: Sequence[Trajectory], layout: Layout) -> list[_Row]:
     """Return the rows, by the module's rule; large groups first, and of a group long completions first."""
     groups: dict[bytes | int, list[int]] = {}
     for number, one in enumerate(trajectories):
-        groups.setdefault(one.prompt_T.tobytes() if layout.shared else number, []).append(number)
+        groups.setdefault(_prompt(one, layout) if layout.shared else number, []).append(number)
     lengths = [len(one.tokens_T) for one in trajectories]
     scored = [int(one.mask_T.sum()) for one in trajectories]
     rows: list[_Row] = []
@@ -121,6 +124,13 @@ def _filled(trajectories: Sequence[Trajectory], layout: Layout) -> list[_Row]:
     return rows
 
 
+def _prompt(one: Trajectory, layout: Layout) -> bytes:
+    """Return what trajectories have alike that share their prompt's computation."""
+    if layout.routes is None or one.routes_TLk is None:
+        return one.prompt_T.tobytes()
+    return one.prompt_T.tobytes() + one.routes_TLk[: len(one.prompt_T)].tobytes()
+
+
 def _fits(row: _Row, tokens: int, scored: int, sequences: int) -> bool:
     return tokens <= row.tokens and scored <= row.scored and sequences <= row.sequences
 
@@ -142,15 +152,18 @@ def _laid_out(rows: Sequence[_Row], trajectories: Sequence[Trajectory], layout: 
     for number, row in enumerate(rows):
         start, scored, slot, segment = 0, 0, 0, 1
         for prompt_of, members in row.pieces:
-            prompt_T = trajectories[prompt_of].prompt_T
+            first = trajectories[prompt_of]
+            prompt_T = first.prompt_T
             prompt = slice(start, start + len(prompt_T))
             _write(packed.batch, number, prompt, prompt_T, 0, segment, segment)
+            _write_routes(packed.batch, number, prompt, first, 0)
             start, prefix = prompt.stop, segment
             for member in members:
                 one = trajectories[member]
                 segment += layout.shared
                 here = slice(start, start + len(one.tokens_T))
                 _write(packed.batch, number, here, one.tokens_T, len(prompt_T), segment, prefix)
+                _write_routes(packed.batch, number, here, one, len(prompt_T))
                 scored = _score(packed.batch, number, slot, one, here, prompt.stop - 1, scored)
                 _write_rollout(packed.batch.rollouts, number * layout.sequences + slot, one)
                 packed.members_BS[number, slot] = member
@@ -167,6 +180,13 @@ def _write(
     batch.segments_BT[row, here] = segment
     if batch.prefixes_BT is not None:
         batch.prefixes_BT[row, here] = prefix
+
+
+def _write_routes(batch: PolicyBatch, row: int, here: slice, one: Trajectory, position: int) -> None:
+    """Enter where the trajectory's tokens from ``position`` on were sent; not known of its last one."""
+    if batch.routes_BTLk is not None and one.routes_TLk is not None:
+        routes_TLk = one.routes_TLk[position : position + here.stop - here.start]
+        batch.routes_BTLk[row, here.start : here.start + len(routes_TLk)] = routes_TLk
 
 
 def _score(batch: PolicyBatch, row: int, slot: int, one: Trajectory, here: slice, before: int, scored: int) -> int:
@@ -221,5 +241,6 @@ def _empty(layout: Layout, like: Trajectory) -> Packed:
             reference_logp_BT=None if like.reference_logp_T is None else logps(),
             advantages_B=np.zeros(B * S, np.float32),
         ),
+        routes_BTLk=None if layout.routes is None else np.full((B, T, *layout.routes), -1, np.int16),
     )
     return Packed(batch, np.full((B, S), -1, np.int32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from luthier.errors import UserError
+from luthier.model.model import Model
 from luthier.rollout.engine import Request, Sampling
 
 MOST_ALTERNATIVES = 20
@@ -30,6 +31,12 @@ def check(request: Request, vocab_size: int, length: int | None, reads_text: boo
         if not 0 <= token < vocab_size:
             raise UserError(f"stop_token_ids: {token} is no token of the model, which has {vocab_size}. Leave it out.")
     check_sampling(request.sampling, reads_text)
+
+
+def check_routes(model: Model) -> None:
+    """Raise UserError where the model sends its tokens to no experts, which could be recorded."""
+    if model.routes is None:
+        raise UserError("routing_replay=true: this model has no experts that tokens are sent to. Leave it out.")
 
 
 def check_sampling(how: Sampling, reads_text: bool) -> None:

@@ -67,6 +67,9 @@ class Completion:
     trainer computes. ``versions_T`` int32 is the version of the weights that each token was drawn by, as ``sync`` was
     told. ``request`` and ``sample`` count from 0. ``finish`` is "stop" for a stop token or text, ``stopped_by`` being
     which.
+
+    ``routes_TLk`` int16 are the experts that prompt and completion were sent to by each layer that has any, when they
+    were read last: all but the last token, which nothing has read. None where that is not recorded, or was cancelled.
     """
 
     request: int
@@ -78,6 +81,7 @@ class Completion:
     finish: Finish
     stopped_by: int | str | None = None
     alternatives: Alternatives | None = None
+    routes_TLk: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

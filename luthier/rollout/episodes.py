@@ -48,6 +48,7 @@ class Episode:
     and -1 outside the mask. ``finish`` is "length" where the limit on tokens, or on turns, ended it, and "failed" where
     the environment did, ``failure`` saying how. ``reward`` is the sum of what the environment gave, None if it gave
     none or failed. ``text`` is the tokens as text; a single turn's without the stop text of the sampling that ended it.
+    ``routes_TLk`` as in ``engine.Completion``, where the engine records them.
     """
 
     prompt_T: np.ndarray
@@ -61,6 +62,7 @@ class Episode:
     stopped_by: int | str | None = None
     reward: float | None = None
     failure: str | None = None
+    routes_TLk: np.ndarray | None = None
 
     @property
     def failed(self) -> bool:
@@ -275,6 +277,7 @@ class _Stage:
             stopped_by=player.stopped_by,
             reward=player.reward,
             failure=player.failure,
+            routes_TLk=player.routes_TLk,
         )
 
 

@@ -59,14 +59,22 @@ class LocalEngine:
         context_length: int | None = None,
         seed: int = 0,
         version: int = 0,
+        record_routes: bool = False,
     ) -> None:
         """Take a model; the cache is made when it is known what is wanted of it, or by ``reserve``.
 
         ``tokenizer`` finds stop texts; ``context_length`` is how many tokens the model was made for, None for any.
-        ``version`` is that of the weights, as in ``sync``.
+        ``version`` is that of the weights, as in ``sync``. With ``record_routes``, completions say to which experts
+        their tokens were sent.
+
+        Raises UserError where that is to be recorded of a model without experts.
         """
+        if record_routes:
+            checks.check_routes(model)
         dtype = compute.dtype if keys.kv_cache_dtype == "auto" else jnp.dtype(keys.kv_cache_dtype)
-        self.limits = Limits(keys, context_length, model.cache_lines, dtype, mesh)
+        # A row's routes lie beside its keys: what is shared, copied or read anew has them with it.
+        self._lines = {**model.cache_lines, **(model.routes_line if record_routes else {})}
+        self.limits = Limits(keys, context_length, self._lines, dtype, mesh)
         self.tokenizer = tokenizer
         self._model, self._compute, self._keys, self._mesh, self._seed = model, compute, keys, mesh, seed
         self._queue: deque[Drawing] = deque()
@@ -110,14 +118,14 @@ class LocalEngine:
             return old
         size = self.limits.size(max(size.rows, old.rows), max(size.length, old.length), old) if old.rows else size
         self._hold(NOTHING, {})  # the old one is let go of, before the larger one is made
-        stored = cache.make(self._model.cache_lines, size.rows, size.length, self.limits.dtype, self._mesh)
+        stored = cache.make(self._lines, size.rows, size.length, self.limits.dtype, self._mesh)
         self._hold(size, stored)
         return size
 
     def _hold(self, size: Size, stored: Cache) -> None:
         """Take a cache and begin its record."""
         self._size, self._stored = size, stored
-        ring = min(line.slots(size.length) for line in self._model.cache_lines.values())
+        ring = min(line.slots(size.length) for line in self._lines.values())
         self._slots: Slots[Drawing] = Slots.empty(size.rows, size.length, ring)
         # Rows that are split over devices stay where they are: all are worked on together.
         split = mesh_lib.batch_shards(self._mesh) > 1
@@ -136,6 +144,7 @@ class LocalEngine:
             for together in buckets(self._together(length)):
                 self._prefill([], length, together)
         self._copy([(0, 0)])
+        self._routes(0)
         for rows in self._row_buckets:
             for alternatives in (0, checks.MOST_ALTERNATIVES) if logprobs else (0,):
                 self._run_decode(self._rows(rows, []), alternatives)
@@ -210,7 +219,7 @@ class LocalEngine:
             pieces.append(piece)
             if drawing.finish is not None:
                 self._slots.sequences[row] = None
-                ended.append(drawing.completion())
+                ended.append(drawing.completion(self._routes(row, drawing.read)))
         return [*pieces, *ended]
 
     def _drop(self, numbers: Collection[int]) -> list[Drawing]:
@@ -308,6 +317,12 @@ class LocalEngine:
             sources_P[: len(pairs)], targets_P[: len(pairs)] = zip(*pairs, strict=True)
             self._stored = programs.copy(self._stored, sources_P, targets_P, len(pairs))
 
+    def _routes(self, row: int, count: int = 0) -> np.ndarray | None:
+        """Return where the first ``count`` tokens of a row were sent, None where that is not recorded."""
+        if cache.ROUTES not in self._stored:
+            return None
+        return np.asarray(programs.routes(self._stored, np.int32(row)))[:count].copy()  # the rest is let go of
+
     def _compact(self) -> int:
         """Bring the sequences into the fewest rows that a program works on, and return how many those are."""
         busy = self._slots.busy
@@ -361,7 +376,7 @@ class LocalEngine:
         for row, drawing in under_way:
             how, live_B[row] = drawing.sampling, True
             tokens_B[row], drawn_B[row], limits_B[row] = drawing.last_token, drawing.drawn, drawing.limit
-            lengths_B[row] = len(drawing.prompt_T) - 1 + drawing.drawn
+            lengths_B[row] = drawing.read
             temperature_B[row], top_k_B[row], top_p_B[row], min_p_B[row] = (
                 how.temperature,
                 how.top_k,

@@ -19,7 +19,7 @@ from luthier import runtime
 from luthier.checkpoint import huggingface, source, tokenizer
 from luthier.checkpoint.source import Source
 from luthier.config import InferenceKeys, SampleKeys
-from luthier.model import attention, param
+from luthier.model import param
 from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
 from luthier.model.param import Tree
@@ -38,7 +38,7 @@ class Described:
     @property
     def context_length(self) -> int | None:
         """The most tokens that the model was made for, where its configuration says."""
-        return self.source.config.get("max_position_embeddings")
+        return self.source.context_length
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def open_model(keys: InferenceKeys, look: Callable[[Source, Any], None] | None =
     with mesh_lib.use(mesh):
         dtype = fast_dtype() if keys.dtype == "auto" else jnp.dtype(keys.dtype)
         param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
-        attention.choose(keys.attention, dtype, model.config.head_dim)  # raises where the kernel cannot run
+        model.check_kernel(keys.attention, dtype)
         words = tokenizer.load(place, keys.tokenizer_path, keys.hf_access_token)
         if look is not None:
             look(place, words)
@@ -87,7 +87,8 @@ def open_engine(keys: InferenceKeys, opened: Opened) -> LocalEngine:
 
 def end_tokens(of: Described) -> tuple[int, ...]:
     """Return the tokens that end an answer: those of the model's configurations and of its tokenizer."""
-    named = [(of.source.generation_config or {}).get("eos_token_id"), of.source.config.get("eos_token_id")]
+    places = (of.source.generation_config or {}, of.source.config, of.source.text)
+    named = [place.get("eos_token_id") for place in places]
     listed = [ids if isinstance(ids, Sequence) else [ids] for ids in [*named, of.tokenizer.eos_token_id]]
     size = of.model.config.vocab_size
     return tuple(sorted({token for ids in listed for token in ids if token is not None and 0 <= token < size}))
@@ -121,5 +122,5 @@ def sampling(keys: SampleKeys, of: Described) -> Sampling:
 def _params(keys: InferenceKeys, place: Source, model: Model, dtype: Any, mesh: Mesh) -> Tree:
     if place.kind == "random":
         return param.initialise(model.spec, jax.random.key(keys.seed), dtype, mesh)
-    huggingface.check(place, model.spec)
-    return huggingface.load(place, model.spec, dtype, mesh)
+    huggingface.check(place, model.spec, model.config.ignored)
+    return huggingface.load(place, model.spec, dtype, mesh, model.config.ignored)

@@ -96,8 +96,10 @@ class Limits:
     def _bytes(self, length: int) -> float:
         """Return the bytes of one row on a device that holds it, or its part of the heads."""
         tensor = self.mesh.shape["tensor"]
-        split = tensor if all(line.heads % tensor == 0 for line in self.lines.values()) else 1
-        return cache.row_bytes(self.lines, length, self.dtype) / split
+        return sum(
+            cache.row_bytes({name: line}, length, self.dtype) / (1 if line.heads % tensor else tensor)
+            for name, line in self.lines.items()
+        )
 
     def _nothing_fits(self, length: int, budget: float) -> str:
         row = self._bytes(length)

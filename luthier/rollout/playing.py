@@ -45,6 +45,7 @@ class Playing:
     prompt_T: np.ndarray = field(default_factory=lambda: _NOTHING_T)
     observation_T: np.ndarray = field(default_factory=lambda: _NOTHING_T)
     parts: list[Columns] = field(default_factory=list)
+    routes_TLk: np.ndarray | None = None
     turns: int = 0
     cut: bool = False
     finish: Literal["stop", "length", "failed"] | None = None
@@ -89,6 +90,7 @@ class Playing:
         own_T = np.ones(len(completion.tokens_T), bool)
         part = Columns(completion.tokens_T, own_T, completion.softmax_logp_T, completion.versions_T)
         self.parts.append(part)
+        self.routes_TLk = completion.routes_TLk  # of earlier turns too: they are part of what it goes on from
         self.turns += 1
         self.stopped_by = completion.stopped_by
         self.cut = completion.finish == "length"

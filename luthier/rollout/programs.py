@@ -123,6 +123,14 @@ def copy(stored: Cache, sources_P: Array, targets_P: Array, count: Array) -> Cac
     return cache.copy_rows(stored, sources_P, targets_P, count)
 
 
+@jax.jit
+def routes(stored: Cache, row: Array) -> Array:
+    """Return the experts that the tokens in a row of the cache were sent to, ``[S, L, k]``."""
+    # By gather, as in `cache.copy_rows`.
+    routes_LR1Sk = stored[cache.ROUTES].k_LRKSH
+    return routes_LR1Sk.at[:, row[None]].get(mode="clip")[:, 0, 0].swapaxes(0, 1)
+
+
 def _drawn(now: Rows, logits_BV: jax.Array, alternatives: int) -> tuple[Rows, Chunk]:
     """Return the rows after a draw, and the draw as a chunk without its axis of steps."""
     tokens_B, logp_B, softmax_logp_B = draw(logits_BV, now.settings, now.drawn_B)

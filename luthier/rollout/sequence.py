@@ -61,7 +61,12 @@ class Sequence:
             self.finish = "length"
         return piece
 
-    def completion(self) -> Completion:
+    @property
+    def read(self) -> int:
+        """How many tokens the model has read, all but the last one."""
+        return len(self.prompt_T) - 1 + self.drawn
+
+    def completion(self, routes_TLk: np.ndarray | None = None) -> Completion:
         """Return what was drawn, as finished; as cancelled where it was not."""
 
         def joined(name: str, dtype: Any) -> np.ndarray:
@@ -81,6 +86,7 @@ class Sequence:
             self.finish or "cancelled",
             self.stopped_by,
             alternatives,
+            routes_TLk,
         )
 
 
