@@ -38,6 +38,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(
+    scope="session",
+    params=[*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma3-text", "qwen3-moe")), "deepseek-v3"],
+)
+def other_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random tiny model that is no Llama, and its tokenizer."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("model") / request.param
+    tiny.write_model(folder, request.param)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of forty short conversations."""

@@ -112,6 +112,7 @@ def torch_twin(config: dict[str, Any], seed: int = 0) -> Any:
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # over matrices this small, more of them only wait for each other
     torch.manual_seed(seed)
     fields = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
     if "text_config" in fields:

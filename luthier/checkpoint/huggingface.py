@@ -83,7 +83,7 @@ def load(source: Source, spec: Tree, dtype: Any, mesh: Mesh, ignored: Sequence[s
     """
     check(source, spec, ignored)
     empty = jax.jit(
-        lambda: param_lib.map_spec(lambda param: jnp.zeros(param.shape, dtype), spec),
+        lambda: param_lib.map_spec(lambda param: jnp.zeros(param.shape, param.dtype(dtype)), spec),
         out_shardings=param_lib.shardings(spec, mesh),
     )
     arrays, structure = jax.tree.flatten(empty())

@@ -77,7 +77,7 @@ def run(config: GenerateConfig) -> None:
     ids: list[list[int]] = []
 
     def look(source: Any, tokenizer: Any) -> None:
-        limit = source.config.get("max_position_embeddings")
+        limit = source.context_length
         ids.extend(prompts_lib.encode(config, prompts, tokenizer, limit))
 
     with console.status("Opening the model") if console.is_terminal else contextlib.nullcontext():

@@ -99,7 +99,9 @@ class Model:
         Returns the hidden states ``[B, T, D]`` and the cache with those tokens in it, and with where they were sent, if
         it has ``routes_line``.
         """
-        positions_BT = past.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        # What pads a row is at its last token's place, so that no row looks longer than it is.
+        steps_BT = jnp.minimum(jnp.arange(tokens_BT.shape[1]), jnp.maximum(counts_B[:, None] - 1, 0))
+        positions_BT = past.lengths_B[:, None] + steps_BT
         out = decoder.forward(params, self.config, tokens_BT, positions_BT, None, compute, past)
         routes = {ROUTES: Fresh(out.routed.chosen_BTk[..., None, :], None)} if ROUTES in past.cache else {}
         return out.hidden_BTD, write(past, out.fresh | routes, counts_B)

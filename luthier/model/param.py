@@ -47,7 +47,8 @@ class Param:
     ``tensor`` is its Hugging Face name, with a placeholder such as ``{layer}`` for each entry of ``stack``; ``layout``
     is the einops arrow from that tensor to one slice of ours; ``axes`` are our logical axes and ``shape`` their sizes,
     the stacked ones leading. ``stack`` maps each leading axis to the indices of the tensors that are stacked there.
-    ``part`` says which part of the tensor is this weight, None for all of it.
+    ``part`` says which part of the tensor is this weight, None for all of it. ``exact``: it is kept in fp32, whatever
+    the type of the others.
     """
 
     tensor: str
@@ -57,6 +58,7 @@ class Param:
     init: Literal["normal", "zeros", "ones"] = "normal"
     stack: tuple[tuple[str, tuple[int, ...]], ...] = ()
     part: Part | None = None
+    exact: bool = False
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
@@ -89,6 +91,10 @@ class Param:
     def decays(self) -> bool:
         """Whether weight decay applies: to matrices, not to norms and biases, whatever their shape."""
         return self.init == "normal"
+
+    def dtype(self, of_all: Any) -> Any:
+        """Return the type of this weight in a model whose weights are of type ``of_all``."""
+        return jnp.float32 if self.exact else of_all
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return {Hugging Face name: index of its slice in our array}."""
@@ -184,7 +190,7 @@ def abstract(spec: Tree, dtype: Any, mesh: Mesh) -> Tree:
 
     def shape(param: Param) -> jax.ShapeDtypeStruct:
         placed = mesh_lib.sharding(param.axes, param.shape, mesh)
-        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=placed)
+        return jax.ShapeDtypeStruct(param.shape, param.dtype(dtype), sharding=placed)
 
     return map_spec(shape, spec)
 
@@ -195,7 +201,7 @@ def initialise(spec: Tree, key: jax.Array, dtype: Any, mesh: Mesh, scale: float 
 
     def build(key: jax.Array) -> Tree:
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-        values = {name: _draw(param, keys[name], dtype, scale) for name, param in names.items()}
+        values = {name: _draw(param, keys[name], param.dtype(dtype), scale) for name, param in names.items()}
         return jax.tree.unflatten(jax.tree.structure(map_spec(lambda _: 0, spec)), list(values.values()))
 
     return jax.jit(build, out_shardings=shardings(spec, mesh))(key)

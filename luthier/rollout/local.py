@@ -390,10 +390,10 @@ class LocalEngine:
 
 
 def _cast(params: Tree, model: Model, dtype: Any) -> Tree:
-    """Return the weights with matrices in ``dtype``: vectors are computed with as they are."""
+    """Return the weights with matrices in ``dtype``: vectors and routers are computed with as they are."""
 
     def cast(weight: jax.Array, declared: Any) -> jax.Array:
-        matrix = len(declared.slice_shape) > 1
+        matrix = len(declared.slice_shape) > 1 and "router" not in declared.axes
         return weight.astype(dtype) if matrix and weight.dtype != dtype else weight
 
     return jax.tree.map(cast, params, model.spec)

@@ -18,10 +18,11 @@ from luthier.checkpoint.source import Source
 from luthier.checkpoint.state import Checkpoints
 from luthier.config import RlConfig, SftConfig
 from luthier.memory import available
-from luthier.model import attention, param
+from luthier.model import param
 from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
 from luthier.train import memory, optimizer, step
+from luthier.train.balance import Balance
 from luthier.types import Batch
 
 C = TypeVar("C", bound=SftConfig | RlConfig)
@@ -76,9 +77,9 @@ def prepare(config: C, source: Source, model: Model, mesh: Mesh) -> Job[C]:
     dtype = fast_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
     compute = Compute(dtype, config.attention, config.remat_policy)
     param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
-    attention.choose(config.attention, dtype, model.config.head_dim)  # raises where the kernel cannot run
+    model.check_kernel(config.attention, dtype)
     if source.kind != "random":
-        huggingface.check(source, model.spec)
+        huggingface.check(source, model.spec, model.config.ignored)
     return Job(config, source, model, mesh, compute, optimizer.make(config, model.spec))
 
 
@@ -113,7 +114,7 @@ def compile_steps(job: Job[SftConfig], algorithm: step.Algorithm, background: Th
 
     def training() -> Callable[..., Any]:
         with mesh_lib.use(job.mesh):
-            program = step.make_train_step(job.model, algorithm, job.optimizer, job.compute)
+            program = step.make_train_step(job.model, algorithm, job.optimizer, job.compute, Balance.of(job.config))
             rate = jax.ShapeDtypeStruct((), jnp.float32)
             return program.lower(state, _abstract_batch(job, accumulate, job.batch_rows), rate).compile()
 
@@ -132,7 +133,7 @@ def initial_params(job: Job) -> param.Tree:
     """Return the weights that the run starts from."""
     if job.source.kind == "random":
         return param.initialise(job.model.spec, jax.random.key(job.config.seed), job.weight_dtype, job.mesh)
-    return huggingface.load(job.source, job.model.spec, job.weight_dtype, job.mesh)
+    return huggingface.load(job.source, job.model.spec, job.weight_dtype, job.mesh, job.model.config.ignored)
 
 
 def _abstract_batch(job: Job[SftConfig], *rows: int) -> Batch:

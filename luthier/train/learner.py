@@ -73,19 +73,22 @@ class Learner:
         if self.objective.old == "current":
             worth = [replace(one, old_logp_T=None) for one in worth]
         if self.objective.old == "trainer":
-            worth = [replace(one, old_logp_T=logp_T) for one, logp_T in self._scored(params, worth)]
+            scored = self._scored(params, worth)
+            worth = [replace(one, old_logp_T=logp_T) for one, logp_T in zip(worth, scored, strict=True)]
         if self.reference is not None:
-            worth = [replace(one, reference_logp_T=logp_T) for one, logp_T in self._scored(self.reference, worth)]
+            # It is a policy of its own, and so are its experts.
+            scored = self._scored(self.reference, [replace(one, routes_TLk=None) for one in worth])
+            worth = [replace(one, reference_logp_T=logp_T) for one, logp_T in zip(worth, scored, strict=True)]
         rest = iter(worth)
         return [[one if self.objective.is_idle(one) else next(rest) for one in group] for group in groups]
 
-    def _scored(self, params: Tree, trajectories: Sequence[Trajectory]) -> list[tuple[Trajectory, np.ndarray]]:
-        """Return each completion with the log-probs that a policy gives its tokens."""
+    def _scored(self, params: Tree, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        """Return the log-probs that a policy gives the tokens of each completion."""
         program, micros = self.programs.score, packing.pack(trajectories, self.layout)
         if program is None:
             raise RuntimeError("the score program was not compiled")
         values = [np.asarray(program.result()(params, self._unscored(micro))) for micro in micros]
-        return list(zip(trajectories, packing.unpack(micros, values, trajectories), strict=True))
+        return packing.unpack(micros, values, trajectories)
 
     def _unscored(self, micro: Packed) -> Any:
         return step.place(unscored(micro.batch), self.mesh)

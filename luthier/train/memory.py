@@ -6,7 +6,6 @@ own figure follows in the run's output. Left out on purpose: the exact search ov
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -17,7 +16,7 @@ from luthier import mesh as mesh_lib
 from luthier.config import RlConfig, SftConfig, TrainKeys
 from luthier.errors import UserError
 from luthier.memory import GIB
-from luthier.model import param
+from luthier.model import cost, param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 
@@ -47,23 +46,16 @@ def estimate(
     """
     c = model.config
     weights = param.count(model.spec)
-    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    shards = mesh.size // mesh.shape["data"]
     weight_bytes = jnp.dtype(config.weight_dtype).itemsize
     moment_bytes = MOMENTS[config.opt_type] * jnp.dtype(config.mu_dtype).itemsize
     gradients = 2.0 if accumulates else 1.0
     state = weights * (weight_bytes * (1 + gradients) + moment_bytes) / shards
-    layer_weights = sum(math.prod(p.slice_shape) for p in param.leaves(model.spec).values() if p.stack)
-    gathered = layer_weights * jnp.dtype(compute.dtype).itemsize * 2 / mesh.shape["tensor"]
-    width = c.num_attention_heads * c.head_dim
-    kv = c.num_key_value_heads * c.head_dim
-    saved = {
-        "full": c.hidden_size,
-        "dots": 2 * c.hidden_size + 2 * width + 2 * kv + 2 * c.intermediate_size,
-        "none": 4 * c.hidden_size + 3 * width + 3 * kv + 4 * c.intermediate_size,
-    }[compute.remat]
     itemsize = jnp.dtype(compute.dtype).itemsize
-    in_flight = 8 * 4 * (c.hidden_size + c.intermediate_size + width)  # one layer and its gradients, fp32
-    per_token = (saved * itemsize * c.num_hidden_layers + in_flight) / mesh.shape["tensor"]
+    # A layer's weights, as it is computed with them, and their gradient.
+    gathered = cost.largest_layer(c) * itemsize * 2 / (mesh.shape["tensor"] * mesh.shape["expert"])
+    in_flight = 8 * 4 * cost.widest(c)  # one layer and its gradients, fp32
+    per_token = (cost.saved(c, compute.remat) * itemsize + in_flight) / mesh.shape["tensor"]
     logits = 3 * 4 * 512 * c.vocab_size / mesh.shape["tensor"]
     process = PROCESS if mesh_lib.platform() == "cpu" else 0.0
     return Plan(fixed=state + gathered + logits + process, per_row=per_token * row_length)
@@ -74,7 +66,7 @@ def sampling(config: RlConfig, model: Model, mesh: Mesh, compute: Compute) -> fl
 
     These are the sampler's copy of the weights, where it computes in another type, and the reference policy's.
     """
-    weights = param.count(model.spec) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    weights = param.count(model.spec) * mesh.shape["data"] / mesh.size
     own, computed = jnp.dtype(config.weight_dtype), jnp.dtype(compute.dtype)
     copied = computed.itemsize if own != computed or config.max_staleness else 0
     return weights * (copied + (own.itemsize if config.beta else 0))

@@ -35,15 +35,6 @@ def peak_flops(device_kind: str) -> float | None:
     return next((tflops * 1e12 for tflops in named), None)
 
 
-def flops_per_token(weights: int, layers: int, heads: int, head_dim: int, length: int) -> float:
-    """Return the FLOPs that training one token takes, recomputation not counted.
-
-    6 for each weight that multiplies, and 12 for each layer, head dimension and position (PaLM, arXiv 2204.02311,
-    appendix B), halved since attention is causal.
-    """
-    return 6.0 * weights + 6.0 * layers * heads * head_dim * length
-
-
 class Writer:
     """Appends a row of numbers for a step to ``metrics.jsonl`` and to TensorBoard's event file.
 

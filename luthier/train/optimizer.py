@@ -149,20 +149,29 @@ def _muon(keys: TrainKeys, spec: Tree, adam: Transformation, moments: Any) -> Tr
 
 
 def _is_hidden_matrix(param: Param) -> bool:
-    return bool(param.stack) and len(param.tensor_shape) == 2
+    return bool(param.stack) and param.decays and len(_matrix(param)) == 2
+
+
+def _matrix(param: Param) -> list[tuple[int, ...]]:
+    """Return which of our axes the layout joins into each side of the tensor's matrix.
+
+    Experts that are an axis of one tensor have a matrix each.
+    """
+    axes = dict(zip(param.names, param.slice_axes, strict=True))
+    place = {name: number + len(param.stack) for number, name in enumerate(param.names)}
+    return [tuple(place[name] for name in side) for side in param.sides if axes[side[0]] != "expert"]
 
 
 def _muon_dimensions(param: Param) -> optax.contrib.MuonDimensionNumbers | None:
-    """Return which of our axes the layout joins into the tensor's output and input side."""
     if not _is_hidden_matrix(param):
         return None
-    place = {name: number + len(param.stack) for number, name in enumerate(param.names)}
-    output, reduction = (tuple(place[name] for name in side) for side in param.sides)
+    output, reduction = _matrix(param)
     return optax.contrib.MuonDimensionNumbers(reduction_axis=reduction, output_axis=output)
 
 
 def _as_large_as_adam(update: jax.Array, param: Param) -> jax.Array:
-    return update * (0.2 * max(param.tensor_shape) ** 0.5)
+    sides = (math.prod(update.shape[axis] for axis in side) for side in _matrix(param))
+    return update * (0.2 * max(sides) ** 0.5)
 
 
 def _unmasked(dimensions: Tree) -> Callable[[Tree], Tree]:

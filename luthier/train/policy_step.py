@@ -29,6 +29,7 @@ from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.rollout.mismatch import mismatch
 from luthier.train import step
+from luthier.train.balance import NONE, Balance, balanced
 from luthier.types import Loss, PolicyBatch, Rollouts
 
 
@@ -37,7 +38,8 @@ class Policy:
     """A model as a policy and the loss it is trained by, ``loss(logp, rollouts, entropy) -> Loss``.
 
     Log-probs are at ``temperature``, the sampler's. Entropies are computed if ``entropy``. ``own_old`` says that old
-    log-probs are the trainer's own: then they, and not the current ones, are compared with the sampler's.
+    log-probs are the trainer's own: then they, and not the current ones, are compared with the sampler's. ``balance``
+    is what is asked of a mixture's routers.
     """
 
     model: Model
@@ -46,6 +48,7 @@ class Policy:
     temperature: float = 1.0
     entropy: bool = False
     own_old: bool = False
+    balance: Balance = NONE
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def abstract_batch(layout: Layout, mesh: Mesh, *, reference: bool = False, old: 
     mask, advantages = array(jnp.bool, *logp.shape), array(jnp.float32, B * S)
     rollouts = Rollouts(mask, logp, logp if old else None, logp if reference else None, advantages)
     prefixes_BT = ids_BT if layout.shared else None
-    return PolicyBatch(ids_BT, ids_BT, ids_BT, prefixes_BT, ids_BM, ids_BM, places_BSC, rollouts)
+    routes_BTLk = array(jnp.int16, *ids_BT.shape, *layout.routes) if layout.routes else None
+    return PolicyBatch(ids_BT, ids_BT, ids_BT, prefixes_BT, ids_BM, ids_BM, places_BSC, rollouts, routes_BTLk)
 
 
 def unscored(micro: PolicyBatch) -> PolicyBatch:
@@ -130,10 +134,10 @@ def objective(policy: Policy) -> step.Objective:
 
     def loss_of(params: Tree, micro: PolicyBatch) -> Loss:
         rollouts = micro.rollouts
-        logp_BT, _, entropy_BT = policy.model.score_tokens(
+        logp_BT, _, entropy_BT, routed = policy.model.score_tokens(
             params, micro, policy.compute, temperature=policy.temperature, entropy=policy.entropy
         )
-        loss = policy.loss(logp_BT, rollouts, entropy_BT)
+        loss = balanced(policy.loss(logp_BT, rollouts, entropy_BT), routed, policy.balance)
         trainer_logp_BT = rollouts.old_logp_BT if policy.own_old else logp_BT
         apart = mismatch(rollouts.sampler_logp_BT, trainer_logp_BT, rollouts.mask_BT)
         counts = {

@@ -16,7 +16,7 @@ from luthier.data.chat import prompt_rendering
 from luthier.data.preview import preview
 from luthier.data.source import TokenRows
 from luthier.memory import GIB, available, peak_resident
-from luthier.model import param
+from luthier.model import cost, param
 from luthier.train import display, memory, metrics
 from luthier.train.job import Job, step_rows
 
@@ -53,18 +53,25 @@ def header(
         "memory": f"about {needed / GIB:.1f} GiB a device expected" + (f", {free / GIB:.1f} GiB free" if free else ""),
         "output": str(place),
     }
+    lines |= left_out(job)
     display.table(console, "luthier sft", lines)
     if not config.scan_layers:
         console.print("scan_layers=false is accepted and changes nothing: layers are always stacked and scanned.")
     for split in (rows, held_out):
         for warning in split.report.warnings if split else ():
             display.warn(console, warning)
-    positions = job.source.config.get("max_position_embeddings") or config.max_target_length
+    positions = job.source.context_length or config.max_target_length
     if config.max_target_length > positions:
         words = f"max_target_length={config.max_target_length} is over the {positions} positions that the model knows."
         display.warn(console, words)
     console.print("\n[bold]First example[/bold], trained tokens between ⟦ and ⟧")
     console.print(preview(tokenizer, rows.example(0)), end="\n\n")
+
+
+def left_out(job: Job[Any]) -> dict[str, str]:
+    """Return the line that says what of the checkpoint the model leaves out, if anything."""
+    words = huggingface.left_out(job.source, job.model.spec, job.model.config.ignored)
+    return {"left out": f"{words}: no part of this model, and saved as they are"} if words else {}
 
 
 def compiled(console: Console, program: Any) -> None:
@@ -106,15 +113,9 @@ def summary(console: Console, place: Path, evaluations: Evaluations) -> None:
 
 def speeds(job: Job[SftConfig]) -> dict[str, Any]:
     """Return what MFU is made of: the FLOPs of a token, and of all devices in a second where that is known."""
-    c = job.model.config
-    lookup = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # a look-up multiplies nothing
-    weights = param.count(job.model.spec) - lookup
-    length = job.config.max_target_length
     peak = metrics.peak_flops(job.mesh.devices.flat[0].device_kind)
     return {
-        "flops_per_token": metrics.flops_per_token(
-            weights, c.num_hidden_layers, c.num_attention_heads, c.head_dim, length
-        ),
+        "flops_per_token": cost.flops_per_token(job.model.config, job.config.max_target_length),
         "peak_flops": peak and peak * job.mesh.size,
     }
 

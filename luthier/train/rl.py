@@ -33,7 +33,7 @@ from luthier.config import RlConfig
 from luthier.errors import RunError, UserError
 from luthier.model.model import Model
 from luthier.model.param import Tree
-from luthier.rollout import failures
+from luthier.rollout import checks, failures
 from luthier.rollout.workers import Scorers
 from luthier.train import display, folder, metrics, optimizer, report, rl_plan, rl_report, rl_setup, saving, step
 from luthier.train.feed import Ahead, Feed, InTurn
@@ -68,6 +68,8 @@ def run(config: RlConfig) -> None:
     source = source_lib.resolve(config)
     place = folder.check(config)
     model = Model.from_hf(source.config, source.name)
+    if config.routing_replay:
+        checks.check_routes(model)
     paths = rl_plan.reward_paths(config)
     runtime.start(config)
     trains, samples = (mesh_lib.make(config, devices) for devices in rl_plan.devices(config))

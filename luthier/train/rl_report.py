@@ -59,6 +59,7 @@ def header(
         "memory": f"about {needed / GIB:.1f} GiB a device expected" + (f", {free / GIB:.1f} GiB free" if free else ""),
         "output": str(place),
     }
+    lines |= report.left_out(job)
     display.table(console, "luthier rl", lines)
     for sentence in rl_plan.advice(config):
         display.warn(console, sentence)

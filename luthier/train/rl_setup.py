@@ -22,7 +22,7 @@ from luthier.data.groups import Layout
 from luthier.data.rows import Rows
 from luthier.errors import UserError
 from luthier.memory import GIB, available
-from luthier.model import attention, param
+from luthier.model import param
 from luthier.model.param import Tree
 from luthier.rollout import environment, opened, prompts
 from luthier.rollout.engine import Sampling
@@ -31,6 +31,7 @@ from luthier.rollout.local import LocalEngine
 from luthier.rollout.opened import Described
 from luthier.rollout.workers import Scorers
 from luthier.train import display, memory, policy_step
+from luthier.train.balance import Balance
 from luthier.train.job import Job, initial_params
 from luthier.train.policy_step import Policy, Programs
 from luthier.train.rl_plan import Objective
@@ -100,7 +101,8 @@ def layout(config: RlConfig, job: Job[RlConfig], trained: Tasks) -> Layout:
         # Twice as many as there are of the greatest length: most are shorter.
         sequences=2 * max(1, row_length // group) * config.num_generations,
         completion_length=limit,
-        shared=attention.shares_prompts(job.compute.attention, job.compute.dtype, job.model.config.head_dim),
+        shared=job.model.shares_prompts(job.compute),
+        routes=job.model.routes if config.routing_replay else None,
     )
 
 
@@ -131,6 +133,7 @@ def compile_steps(job: Job[RlConfig], objective: Objective, shapes: Layout, back
         temperature=job.config.temperature,
         entropy=objective.entropy,
         own_old=objective.old == "trainer",
+        balance=Balance.of(job.config),
     )
     return policy_step.compile_steps(
         policy,
@@ -180,9 +183,10 @@ def engine(
             mesh,
             keys,
             tokenizer=tokenizer,
-            context_length=job.source.config.get("max_position_embeddings"),
+            context_length=job.source.context_length,
             seed=config.seed,
             version=version,
+            record_routes=config.routing_replay,
         )
         longest = max(each.longest for each in (trained, held_out) if each is not None)
         length = longest + config.max_new_tokens

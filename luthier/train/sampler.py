@@ -63,6 +63,7 @@ class Scored:
                 old_logp_T=episode.logp_T,
                 reference_logp_T=None,
                 advantage=float(advantage),
+                routes_TLk=episode.routes_TLk,
             )
             for episode, advantage, trained in zip(self.episodes, self.advantages_G, self.trained_G, strict=True)
             if trained

@@ -28,6 +28,7 @@ from luthier.model.cross_entropy import TokenScores
 from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.train import optimizer as optimizer_lib
+from luthier.train.balance import NONE, Balance, balanced
 from luthier.types import Array, Batch, Loss, PolicyBatch
 
 Algorithm = Callable[..., Loss]
@@ -101,7 +102,11 @@ def means(loss: Loss) -> Metrics:
 
 
 def make_train_step(
-    model: Model, algorithm: Algorithm, optimizer: optax.GradientTransformation, compute: Compute
+    model: Model,
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    compute: Compute,
+    balance: Balance = NONE,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Return ``step(state, batch, learning_rate) -> (state, metrics)``; the state given is donated.
 
@@ -113,7 +118,8 @@ def make_train_step(
         if is_linear(algorithm):
             anywhere = jnp.zeros(micro.tokens_BT.shape, jnp.float32)
             cotangent_BT = jax.grad(lambda logp_BT: algorithm(logp_BT, micro).sum)(anywhere)
-        return _measured(algorithm, model.score(params, micro, compute, cotangent_BT), micro)
+        scores = model.score(params, micro, compute, cotangent_BT)
+        return balanced(_measured(algorithm, scores, micro), scores.routed, balance)
 
     def step(state: TrainState, batch: Batch, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
         with compute.precision():

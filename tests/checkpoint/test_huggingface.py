@@ -16,7 +16,7 @@ from luthier.checkpoint.card import model_card
 from luthier.checkpoint.source import resolve
 from luthier.errors import RunError, UserError
 from luthier.model import param
-from tiny import CONFIGS, TINY, torch_twin
+from tiny import CONFIGS, KINDS, TINY, torch_twin
 
 
 def round_trip(tmp_path, config, values, mesh, dtype="auto", **options):
@@ -85,6 +85,20 @@ def test_save_dtype_is_what_is_written(tmp_path):
     found = round_trip(tmp_path, TINY | {"torch_dtype": "float32"}, values, one_device(), dtype="bfloat16")
     same(found, {name: value.astype(DTYPES["bfloat16"]) for name, value in values.items()})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_what_must_be_exact_is_fp32_whatever_the_others_are(tmp_path):
+    config = KINDS["deepseek-v3"]
+    values = random_tensors(config)
+    source, spec, mesh = resolve(keys(write_folder(tmp_path, config, values))), spec_of(config), one_device()
+    loaded = huggingface.load(source, spec, jnp.bfloat16, mesh)
+    random = param.initialise(spec, jax.random.key(0), jnp.bfloat16, mesh)
+    for weights in (loaded, random, param.abstract(spec, jnp.bfloat16, mesh)):
+        mlp = weights["layers"]["1"]["mlp"]
+        assert (mlp["correction"].dtype, mlp["router"].dtype) == (jnp.float32, jnp.bfloat16)
+    for number, correction_E in enumerate(loaded["layers"]["1"]["mlp"]["correction"], start=1):
+        name = f"model.layers.{number}.mlp.gate.e_score_correction_bias"
+        np.testing.assert_array_equal(correction_E, values[name])
 
 
 def test_what_is_loaded_can_be_donated(tmp_path):

@@ -26,6 +26,12 @@ is the greatest difference of log-probs in the last run of the tests. A model of
 | --- | --- | --- | --- | --- |
 """
 
+TAIL = """
+Not supported, since they do not fit the frame of layers: Gemma 3n and 4 (an embedding for each layer, keys and values
+that layers share), Mistral 4 and DeepSeek-V3.2 and later (other choices of experts or of tokens), OLMo 1 (norms without
+weights), Phi-1 and Phi-2 (blocks side by side).
+"""
+
 
 def markdown(figures: dict[str, float]) -> str:
     """Return the page, with the difference that was measured of each variant."""
@@ -38,7 +44,7 @@ def markdown(figures: dict[str, float]) -> str:
         made_of = ", ".join(features(Model.from_hf(variant.config, name).config))
         measured = f"{figures[name]:.0e}" if name in figures else "not measured"
         rows.append(f"| {name} | `{variant.config['model_type']}` | {variant.models} | {made_of} | {measured} |")
-    return HEAD + "\n".join(rows) + "\n"
+    return HEAD + "\n".join(rows) + "\n" + TAIL
 
 
 def features(decoder: Any) -> list[str]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_variants import DEEP, KINDS, VARIANTS, deepened
+from family_variants import VARIANTS, Config
 from test_cached_forward import pieces_logp
 
 import tiny
@@ -41,6 +41,33 @@ LENGTH = 40
 # Half the time to compile, and the same arithmetic.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
+# One variant of each kind of model, for the tests that take long.
+KINDS = ("llama3.1", "qwen2-window", "qwen3-moe", "gemma3-text", "deepseek-v3", "gpt-oss", "olmo3", "phi4-mini")
+
+# Variants whose number of layers can be changed and nothing else, at least one of each model type.
+DEEP = (
+    "llama3.1",
+    "smollm3-old",
+    "qwen2-window-old",
+    "qwen3",
+    "qwen3-moe-mixed",
+    "gemma",
+    "gemma2-old",
+    "gemma3-text-old",
+    "gemma3",
+    "mistral-window",
+    "ministral",
+    "ministral3",
+    "mistral3",
+    "mixtral",
+    "deepseek-v2",
+    "deepseek-v3",
+    "gpt-oss-old",
+    "olmo2",
+    "olmo3-old",
+    "phi3",
+)
+
 
 def variants(quick: Callable[[str], bool], every: Iterable[str] = tuple(VARIANTS)) -> Any:
     """Parametrise by every variant, of which those that are not ``quick`` run with the slow tests."""
@@ -48,12 +75,15 @@ def variants(quick: Callable[[str], bool], every: Iterable[str] = tuple(VARIANTS
     return pytest.mark.parametrize("name", names)
 
 
+# A config that is written in an older way makes the program of the newer one, which is proved on its own.
+NEWER = [name for name in VARIANTS if not name.endswith("-old")]
+
 every_variant = variants(lambda name: True)
+newer_first = variants(NEWER.__contains__)
 kinds_first = variants(KINDS.__contains__)
-split_first = variants({"gemma3-text", "qwen3-moe", "deepseek-v3"}.__contains__)
+newer_kinds_first = variants(KINDS.__contains__, NEWER)
+newer_split_first = variants({"gemma3-text", "qwen3-moe", "deepseek-v3"}.__contains__, NEWER)
 stacks_first = variants({"llama3.1", "qwen3-moe-mixed", "gemma3-text-old", "deepseek-v3"}.__contains__, DEEP)
-# What is written in an older way is read as what is written in the newer one, which is proved on its own.
-newer_first = variants(lambda name: not name.endswith("-old"))
 
 
 @functools.cache
@@ -102,12 +132,10 @@ def theirs(name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return logp_BTV, tiny.stored_tensors(twin, gradients)
 
 
-def loss(model: Model, params: Any, here: Batch) -> tuple[jax.Array, jax.Array]:
-    """Return the mean negative log-prob of the masked tokens, and all log-probs ``[B, T, V]``."""
-    score = model.score(params, here, Compute()).logp_BT
-    return -jnp.sum(score * here.mask_BT) / jnp.sum(here.mask_BT), jax.nn.log_softmax(
-        model.logits(params, here, Compute())
-    )
+def loss(model: Model, params: Any, here: Batch) -> jax.Array:
+    """Return the mean negative log-prob of the masked tokens."""
+    scores_BT = model.score(params, here, Compute()).logp_BT
+    return -jnp.sum(scores_BT * here.mask_BT) / jnp.sum(here.mask_BT)
 
 
 @functools.cache
@@ -117,12 +145,13 @@ def params_of(name: str) -> Any:
 
 
 def log_probs(model: Model, params: Any) -> np.ndarray:
-    run = jax.jit(lambda params, here: loss(model, params, here)[1], compiler_options=QUICK)
-    return np.asarray(run(params, jax.tree.map(jnp.asarray, batch())))
+    """Return the log-probs ``[B, T, V]`` of the batch."""
+    run = jax.jit(lambda params, here: model.logits(params, here, Compute()), compiler_options=QUICK)
+    return np.asarray(jax.nn.log_softmax(run(params, jax.tree.map(jnp.asarray, batch()))))
 
 
 def gradient(model: Model, params: Any) -> Any:
-    run = jax.jit(jax.grad(lambda params, here: loss(model, params, here)[0]), compiler_options=QUICK)
+    run = jax.jit(jax.grad(lambda params, here: loss(model, params, here)), compiler_options=QUICK)
     return jax.tree.map(np.asarray, run(params, jax.tree.map(jnp.asarray, batch())))
 
 
@@ -210,7 +239,7 @@ def test_scores_are_those_of_the_tokens(name: str) -> None:
         np.testing.assert_array_equal(scores.correct_BT[row, columns][1:], logp_TV.argmax(-1) == targets)
 
 
-@kinds_first
+@newer_kinds_first
 def test_reading_through_the_cache_is_reading_at_once(name: str) -> None:
     """Chunks shorter and longer than the window, then token by token, past the window's end."""
     model, here = model_of(name), mesh_lib.make(ModelKeys(), jax.devices()[:1])
@@ -261,7 +290,7 @@ def parallel_keys(name: str) -> ModelKeys:
     )
 
 
-@split_first
+@newer_split_first
 def test_eight_devices_equal_one(name: str) -> None:
     model, eight = model_of(name), mesh_lib.make(parallel_keys(name))
     wanted_BTV, wanted = log_probs(model, params_of(name)), our_gradient(name)
@@ -276,12 +305,23 @@ def test_eight_devices_equal_one(name: str) -> None:
         assert error <= GRADIENT_TOLERANCE * np.abs(tensor).max() + rounding, path
 
 
+def deepened(config: Config, layers: int) -> Config:
+    """Return ``config`` with this number of layers, whose period goes on."""
+    if "text_config" in config:
+        return config | {"text_config": deepened(config["text_config"], layers)}
+    config = config | {"num_hidden_layers": layers}
+    if kinds := config.get("layer_types"):
+        period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+        config["layer_types"] = [kinds[i % period] for i in range(layers)]
+    return config
+
+
 def lowered(config: dict[str, Any]) -> tuple[int, float]:
     """Return the lines of a gradient's program, and the seconds of work to trace and lower it."""
     model, here = Model.from_hf(config, "deep"), mesh_lib.make(ModelKeys(), jax.devices()[:1])
     params = param.abstract(model.spec, jnp.float32, here)
     start = time.process_time()
-    program = jax.jit(jax.grad(lambda p: loss(model, p, batch())[0])).lower(params)
+    program = jax.jit(jax.grad(lambda p: loss(model, p, batch()))).lower(params)
     return len(program.as_text().splitlines()), time.process_time() - start
 
 

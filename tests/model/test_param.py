@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_variants import VARIANTS
 
 from luthier import mesh
 from luthier.config import ModelKeys
@@ -21,7 +22,9 @@ def test_layouts_run_both_ways() -> None:
     piece = Q.from_tensor(tensor)
     assert piece.shape == Q.shape
     assert piece[5, 1, 2] == tensor[1 * 4 + 2, 5]
-    np.testing.assert_array_equal(Q.to_tensor(piece), tensor)
+    back = np.zeros_like(tensor)
+    Q.into_tensor(piece, back)
+    np.testing.assert_array_equal(back, tensor)
 
 
 def test_stacking_names_each_tensor_and_its_place() -> None:
@@ -41,10 +44,12 @@ def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
     assert param.count(spec) == sum(np.prod(shape) for shape in theirs.values())
 
 
-def test_only_matrices_decay() -> None:
-    spec = Model.from_hf(CONFIGS["llama-biased"], "x").spec
-    whole = {path for path, leaf in param.leaves(spec).items() if not leaf.decays}
-    assert whole == {path for path in param.leaves(spec) if "norm" in path or "bias" in path}
+@pytest.mark.parametrize("name", VARIANTS)
+def test_only_matrices_decay(name: str) -> None:
+    """No norm, bias, sink or correction, whatever its shape."""
+    for path, leaf in param.leaves(Model.from_hf(VARIANTS[name].config, name).spec).items():
+        vector = path.endswith(("norm", "bias", "_attention", "_mlp", "sinks", "correction"))
+        assert leaf.decays != vector, path
 
 
 def test_random_weights_depend_on_the_seed_and_not_on_the_mesh() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -23,16 +24,19 @@ from luthier.rollout.engine import Completion, Piece, Request, Sampling
 from luthier.rollout.local import LocalEngine
 from luthier.types import Batch
 
-MODEL = Model.from_hf(tiny.CONFIGS["smollm2"], "tiny")
 KEYS = EngineKeys(max_num_seqs=4, prefill_chunk_length=16, decode_steps=3, max_target_length=64)
+kinds = pytest.mark.parametrize("kind", tiny.KINDS)
+SLOW = pytest.mark.slow
 
 
-def make(keys: EngineKeys = KEYS, devices: int = 1, seed: int = 0, **axes: int) -> tuple[LocalEngine, Any]:
-    here = mesh.make(ModelKeys(**axes), jax.devices()[:devices])
-    params = param.initialise(MODEL.spec, jax.random.key(1), jnp.float32, here)
+def make(
+    keys: EngineKeys = KEYS, devices: int = 1, seed: int = 0, kind: str = "llama", **axes: int
+) -> tuple[LocalEngine, Any]:
+    here, model = mesh.make(ModelKeys(**axes), jax.devices()[:devices]), tiny.kind_model(kind)
+    params = param.initialise(model.spec, jax.random.key(1), jnp.float32, here)
     # Sharper than at initialisation, so that a wrong cache shows.
     params = jax.tree.map(lambda w: w * 3 if w.ndim > 1 else w, params)
-    return LocalEngine(MODEL, params, Compute(), here, keys, context_length=512, seed=seed), params
+    return LocalEngine(model, params, Compute(), here, keys, context_length=512, seed=seed), params
 
 
 @pytest.fixture
@@ -46,7 +50,9 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [random.integers(0, 256, random.integers(1, 40)).tolist() for _ in range(count)]
 
 
-def scored(params: Any, prompt: list[int], tokens_T: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+def scored(
+    params: Any, prompt: list[int], tokens_T: np.ndarray, temperature: float = 1.0, kind: str = "llama"
+) -> np.ndarray:
     """Return the log-probs of a completion by one pass over all of it, in fp64 softmax."""
     ids = np.zeros((1, 64), np.int32)
     whole = [*prompt, *tokens_T.tolist()]
@@ -54,7 +60,7 @@ def scored(params: Any, prompt: list[int], tokens_T: np.ndarray, temperature: fl
     batch = Batch(
         ids, np.arange(64, dtype=np.int32)[None], (np.arange(64) < len(whole)).astype(np.int32)[None], ids > 0
     )
-    logits = np.asarray(LOGITS(params, batch), np.float64)[0] / temperature
+    logits = np.asarray(whole_pass(tiny.kind_model(kind), params, batch), np.float64)[0] / temperature
     logp = (
         logits
         - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
@@ -63,15 +69,26 @@ def scored(params: Any, prompt: list[int], tokens_T: np.ndarray, temperature: fl
     return logp[np.arange(len(prompt) - 1, len(whole) - 1), tokens_T]
 
 
-LOGITS = jax.jit(lambda params, batch: MODEL.logits(params, batch, Compute()))
+@functools.partial(jax.jit, static_argnums=0)
+def whole_pass(model: Model, params: Any, batch: Batch) -> jax.Array:
+    return model.logits(params, batch, Compute())
 
 
-@pytest.mark.parametrize(
-    ("devices", "axes"), [(1, {}), (8, {}), (8, {"ici_data_parallelism": 2, "ici_fsdp_parallelism": 4})]
-)
-def test_log_probs_are_those_of_one_whole_pass(devices: int, axes: dict[str, int]) -> None:
+MESHES = [
+    *((kind, (1, 1, 1, 1)) for kind in tiny.KINDS),
+    ("llama", (1, 8, 1, 1)),
+    ("llama", (2, 4, 1, 1)),
+    pytest.param("gemma3-text", (2, 2, 1, 2), marks=SLOW),
+    pytest.param("qwen3-moe", (1, 2, 2, 2), marks=SLOW),
+    pytest.param("deepseek-v3", (1, 1, 4, 2), marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("kind", "axes"), MESHES, ids=str)
+def test_log_probs_are_those_of_one_whole_pass(kind: str, axes: tuple[int, ...]) -> None:
     """Eleven prompts of all lengths through four rows, with completions of different lengths."""
-    engine, params = make(devices=devices, **axes)
+    keys = {f"ici_{axis}_parallelism": size for axis, size in zip(mesh.AXES, axes, strict=True)}
+    engine, params = make(devices=int(np.prod(axes)), kind=kind, **keys)
     requests = [
         Request(prompt, 1 + i % 3, Sampling(temperature=0.5 + i % 2, max_new_tokens=3 + 2 * i))
         for i, prompt in enumerate(prompts(11))
@@ -85,14 +102,15 @@ def test_log_probs_are_those_of_one_whole_pass(devices: int, axes: dict[str, int
             request = requests[c.request]
             assert len(c.tokens_T) == min(request.sampling.max_new_tokens, 64 - len(request.prompt))
             assert c.finish == "length"
-            expected = scored(params, list(request.prompt), c.tokens_T, request.sampling.temperature)
+            expected = scored(params, list(request.prompt), c.tokens_T, request.sampling.temperature, kind)
             np.testing.assert_allclose(c.softmax_logp_T, expected, atol=1e-4)
             np.testing.assert_allclose(c.logp_T, expected, atol=1e-4)
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_completion_does_not_depend_on_its_company() -> None:
-    engine, _ = make()
+@kinds
+def test_a_completion_does_not_depend_on_its_company(kind: str) -> None:
+    engine, _ = make(kind=kind)
     wanted = Request(prompts(1)[0], 2, Sampling(seed=5, max_new_tokens=20))
     others = [Request(prompt, 2, Sampling(max_new_tokens=9)) for prompt in prompts(6, seed=1)]
     alone = {c.sample: c for c in engine.generate([wanted])}
@@ -123,7 +141,7 @@ def test_greedy_is_argmax() -> None:
         ids = np.zeros((1, 64), np.int32)
         ids[0, : len(text)] = text
         batch = Batch(ids, np.arange(64, dtype=np.int32)[None], np.ones_like(ids), ids > 0)
-        assert int(LOGITS(params, batch)[0, len(text) - 1].argmax()) == token
+        assert int(whole_pass(tiny.kind_model("llama"), params, batch)[0, len(text) - 1].argmax()) == token
         text.append(int(token))
     assert done.logp_T.tolist() == [0.0] * 8
     np.testing.assert_allclose(done.softmax_logp_T, scored(params, prompt, done.tokens_T), atol=1e-4)
@@ -170,6 +188,25 @@ def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch: pytest.MonkeyPat
     read.clear()
     list(engine.generate([Request([*prompt, 77, 78], 1, Sampling(max_new_tokens=4))]))
     assert read == [1]  # the next turn goes on where the last ended
+
+
+@pytest.mark.usefixtures("one_device")
+@kinds
+def test_the_next_turn_goes_on_from_a_row_that_holds_all_before_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring too, which has lost what stood before its last tokens."""
+    engine, params = make(kind=kind)
+    engine.reserve()
+    prompt = prompts(1, seed=3)[0]
+    (first,) = engine.generate([Request(prompt, 1, Sampling(max_new_tokens=11))])
+    read: list[int] = []
+    prefill = engine._prefill
+    monkeypatch.setattr(
+        engine, "_prefill", lambda items, *rest: (read.extend(len(i[1]) for i in items), prefill(items, *rest))
+    )
+    longer = [*prompt, *first.tokens_T.tolist(), 5, 6, 7]
+    for c in engine.generate([Request(longer, 3, Sampling(max_new_tokens=9))]):
+        np.testing.assert_allclose(c.softmax_logp_T, scored(params, longer, c.tokens_T, kind=kind), atol=1e-4)
+    assert read == [3]  # the last drawn token and two of the new ones; the last is the first that is decoded
 
 
 @pytest.mark.usefixtures("one_device")
@@ -230,8 +267,11 @@ def test_closing_the_iterator_ends_the_rest() -> None:
 
 
 @pytest.mark.usefixtures("one_device")
-def test_200_mixed_requests_compile_nothing_and_leave_nothing() -> None:
-    engine, _ = make()
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma3-text", *(pytest.param(kind, marks=SLOW) for kind in tiny.WITH_EXPERTS)]
+)
+def test_200_mixed_requests_compile_nothing_and_leave_nothing(kind: str) -> None:
+    engine, _ = make(kind=kind)
     engine.reserve()
     engine.warm_up(logprobs=True)
     compiled: list[str] = []
@@ -289,7 +329,7 @@ def test_the_cache_grows_while_idle_and_refuses_what_it_has_no_room_for() -> Non
     ("request_", "said"),
     [
         (Request([], 1), ["no tokens"]),
-        (Request([256], 1), ["token 256", "vocabulary is 256", "tokenizer_path"]),
+        (Request([272], 1), ["token 272", "vocabulary is 272", "tokenizer_path"]),
         (Request([1] * 64, 1), ["64 tokens", "max_target_length"]),
         (Request([1], 0), ["samples=0"]),
         (
@@ -303,7 +343,7 @@ def test_the_cache_grows_while_idle_and_refuses_what_it_has_no_room_for() -> Non
         (Request([1], 1, Sampling(top_k=-1)), ["top_k=-1"]),
         (Request([1], 1, Sampling(min_p=2)), ["min_p=2"]),
         (Request([1], 1, Sampling(max_new_tokens=0)), ["max_new_tokens=0"]),
-        (Request([1], 1, Sampling(stop_token_ids=(256,))), ["stop_token_ids: 256"]),
+        (Request([1], 1, Sampling(stop_token_ids=(272,))), ["stop_token_ids: 272"]),
         (Request([1], 1, Sampling(stop=("x",))), ["no tokenizer", "stop_token_ids"]),
         (Request([1], 1, Sampling(stop=("",))), ["empty text"]),
         (Request([1], 1, Sampling(logprobs=21)), ["logprobs=21", "0 to 20"]),

@@ -90,11 +90,6 @@ def test_peaks_are_found_by_the_devices_name(kind: str, tflops: float) -> None:
     assert metrics.peak_flops("NVIDIA RTX A1000") is None
 
 
-def test_flops_of_a_token_are_those_of_the_papers_formula() -> None:
-    # PaLM's 6N + 12LHQT, attention halved for causality: 6 * 100 + 6 * 2 * 3 * 4 * 5
-    assert metrics.flops_per_token(100, layers=2, heads=3, head_dim=4, length=5) == 600 + 720
-
-
 @pytest.mark.parametrize(("number", "text"), [(134_515_008, "134.5M"), (999, "999"), (1.2e12, "1.2T"), (8e9, "8.0B")])
 def test_quantities_are_written_as_people_do(number: float, text: str) -> None:
     assert display.quantity(number) == text

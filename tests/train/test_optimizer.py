@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_variants import VARIANTS
 
 from luthier import mesh
 from luthier.config import SftConfig
@@ -71,15 +72,62 @@ def test_muon_orthogonalises_each_layers_matrix() -> None:
     keys = config(opt_type="muon", adam_b1=0.0, gradient_clipping_threshold=0)
     moved = jax.tree.map(jnp.subtract, advance(keys, start, [gradient], 1.0), start)
     for layer in range(2):
-        gate = np.asarray(moved["layers"]["gate"][layer])
+        gate = np.asarray(moved["layers"]["0"]["mlp"]["gate"][layer])
         values = np.linalg.svd(gate, compute_uv=False)
         scale = 0.2 * 128**0.5
         assert 0.6 * scale < values.min()
         assert values.max() < 1.3 * scale
-        left, _, right = np.linalg.svd(np.asarray(gradient["layers"]["gate"][layer]), full_matrices=False)
+        left, _, right = np.linalg.svd(np.asarray(gradient["layers"]["0"]["mlp"]["gate"][layer]), full_matrices=False)
         polar = left @ right
         assert np.sum(polar * -gate) / np.linalg.norm(polar) / np.linalg.norm(gate) > 0.97
     np.testing.assert_allclose(np.abs(moved["norm"]), 1.0, rtol=1e-3)  # the rest takes AdamW's steps
+
+
+def some(name: str, *endings: str) -> dict[str, param.Param]:
+    """Return the weights of a variant whose paths end so, by their endings; of several layers the last one's."""
+    spec = param.leaves(Model.from_hf(VARIANTS[name].config, name).spec)
+    return {end: next(p for path, p in reversed(spec.items()) if path.endswith(f"/{end}")) for end in endings}
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices", "vectors"),
+    [
+        ("qwen3-moe", {"mlp/gate": 2, "mlp/down": 2}, ["q_norm"]),  # each expert has a tensor
+        ("gpt-oss", {"mlp/gate": 2, "mlp/down": 2}, ["gate_bias", "down_bias", "sinks"]),  # all of a layer have one
+        ("deepseek-v3", {"k_up": 1, "v_up": 1}, ["correction"]),  # both lie in one tensor
+        ("phi3", {"attention/k": 1, "mlp/up": 1}, []),
+    ],
+)
+def test_muon_orthogonalises_each_matrix_however_tensors_hold_it(
+    name: str, matrices: dict[str, int], vectors: list[str]
+) -> None:
+    spec = some(name, *matrices, *vectors)
+    random = np.random.default_rng(0)
+    gradient = {path: jnp.asarray(random.normal(size=each.shape), jnp.float32) for path, each in spec.items()}
+    tx = optimizer.make(config(opt_type="muon", adam_b1=0.0, gradient_clipping_threshold=0), spec)
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(gradient), gradient)
+    for path, stacked in matrices.items():
+        update = np.asarray(updates[path]).reshape(*spec[path].shape[: stacked + 1], -1)
+        values = np.linalg.svd(update, compute_uv=False)
+        scale = 0.2 * max(update.shape[-2:]) ** 0.5
+        assert 0.5 * scale < values.min(), path
+        assert values.max() < 1.3 * scale, path
+    for path in vectors:  # which take AdamW's steps
+        np.testing.assert_allclose(np.abs(updates[path]), 1.0, rtol=1e-3, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "sgd"])
+def test_a_correction_of_the_choice_stays_what_it_was(kind: str) -> None:
+    """It has no gradient: then no optimizer may move it, by decay or otherwise."""
+    spec = some("deepseek-v3", "correction", "router")
+    params = {path: jnp.full(each.shape, 0.3) for path, each in spec.items()}
+    gradient = {"correction": jnp.zeros_like(params["correction"]), "router": jnp.ones_like(params["router"])}
+    tx = optimizer.make(config(opt_type=kind, adam_weight_decay=0.1), spec)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for _ in range(2):
+        updates, state = update(gradient, state, params)
+        assert not np.asarray(updates["correction"]).any()
+        assert np.asarray(updates["router"]).all()
 
 
 def test_adafactor_sees_each_tensor_by_itself() -> None:
@@ -87,8 +135,8 @@ def test_adafactor_sees_each_tensor_by_itself() -> None:
     start, gradient = trees(2)
     keys = config(opt_type="adafactor", gradient_clipping_threshold=0)
     louder = jax.tree.map(lambda g: g, gradient)
-    louder["layers"]["gate"] = gradient["layers"]["gate"].at[0].multiply(100.0)
-    one, other = (advance(keys, start, [g], 1.0)["layers"]["gate"] for g in (gradient, louder))
+    louder["layers"]["0"]["mlp"]["gate"] = gradient["layers"]["0"]["mlp"]["gate"].at[0].multiply(100.0)
+    one, other = (advance(keys, start, [g], 1.0)["layers"]["0"]["mlp"]["gate"] for g in (gradient, louder))
     np.testing.assert_array_equal(one[1], other[1])
 
 
@@ -98,7 +146,7 @@ def test_moments_are_kept_in_the_type_asked_for() -> None:
         keys = config(opt_type=kind, mu_dtype="bfloat16")
         tx = optimizer.make(keys, MODEL.spec)
         _, state = tx.update(gradient, tx.init(start), start)
-        moments = [x for x in jax.tree.leaves(state) if x.shape == start["layers"]["q"].shape]
+        moments = [x for x in jax.tree.leaves(state) if x.shape == start["layers"]["0"]["attention"]["q"].shape]
         assert moments
         assert all(x.dtype == jnp.bfloat16 for x in moments)
     full, half = (

@@ -17,16 +17,16 @@ from luthier.config import SftConfig
 from luthier.data.groups import Layout, pack, unpack
 from luthier.model import param
 from luthier.model.compute import Compute
-from luthier.model.model import Model
 from luthier.train import optimizer, policy_step, step
 from luthier.train.policy_step import Policy
 from luthier.types import Batch, Trajectory
-from tiny import TINY
+from tiny import KINDS, WITH_EXPERTS, kind_model
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
-MODEL = Model.from_hf(TINY, "tiny")
+PER_MICRO_BATCH = ("load_balance_loss", "expert_load/max")
+"""Numbers of a mixture that are a micro-batch's, not the step's."""
 LOSS = functools.partial(policy.ALGORITHMS["grpo"], loss_aggregation="token", beta=0.1, entropy_coefficient=0.01)
-POLICY = Policy(MODEL, LOSS, Compute(), temperature=0.8, entropy=True)
+POLICY = Policy(kind_model("llama"), LOSS, Compute(), temperature=0.8, entropy=True)
 SHARED = Layout(rows=2, row_length=80, scored=70, sequences=8, completion_length=12)
 
 
@@ -54,14 +54,15 @@ class Steps:
 
     def __init__(self, keys: SftConfig, layout: Layout, *, devices: int = 1, policy: Policy = POLICY) -> None:
         self.layout, self.mesh = layout, mesh_lib.make(keys, jax.devices()[:devices])
-        tx = optimizer.make(keys, MODEL.spec)
-        abstract = step.abstract_state(tx, MODEL.spec, jnp.float32, self.mesh)
+        spec = policy.model.spec
+        tx = optimizer.make(keys, spec)
+        abstract = step.abstract_state(tx, spec, jnp.float32, self.mesh)
         with ThreadPoolExecutor(1) as background:
             self.programs = policy_step.compile_steps(
                 policy, tx, abstract, layout, self.mesh, background, reference=True
             )
-        params = param.initialise(MODEL.spec, jax.random.key(0), jnp.float32, self.mesh, scale=0.1)
-        self.state = step.init_state(params, tx, MODEL.spec, self.mesh)
+        params = param.initialise(spec, jax.random.key(0), jnp.float32, self.mesh, scale=0.1)
+        self.state = step.init_state(params, tx, spec, self.mesh)
 
     def take(self, ours: list[Trajectory], learning_rate: float = 1.0) -> dict[str, float]:
         """Take a step on these completions; return its metrics."""
@@ -80,9 +81,9 @@ class Steps:
         return unpack(packed, [np.asarray(score(self.state.params, micro)) for micro in placed], ours)
 
 
-def one_step(layout: Layout, *, devices: int = 1, policy: Policy = POLICY, **keys: int) -> tuple:
+def one_step(layout: Layout, *, kind: str = "llama", devices: int = 1, policy: Policy = POLICY, **keys: int) -> tuple:
     """One SGD step at a learning rate of one: the change of the weights is the gradient."""
-    steps = Steps(config(**keys), layout, devices=devices, policy=policy)
+    steps = Steps(config(**keys), layout, devices=devices, policy=replace(policy, model=kind_model(kind)))
     before = jax.device_get(steps.state.params)
     metrics = steps.take(trajectories())
     return jax.tree.map(np.subtract, before, jax.device_get(steps.state.params)), metrics
@@ -90,47 +91,61 @@ def one_step(layout: Layout, *, devices: int = 1, policy: Policy = POLICY, **key
 
 def assert_equal_steps(one: tuple, other: tuple) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), one[0], other[0])
-    same = other[1] | {"num_tokens": one[1]["num_tokens"]}  # prompts that are not shared are more tokens
+    # Prompts that are not shared are more tokens, and count more often for the routers.
+    apart = ("num_tokens", "router_z_loss", *PER_MICRO_BATCH)
+    same = other[1] | {name: one[1][name] for name in apart if name in one[1]}
     assert one[1] == pytest.approx(same, rel=5e-5, abs=1e-6)
 
 
-@pytest.fixture(scope="module")
-def reference() -> tuple:
+@functools.cache
+def reference(kind: str) -> tuple:
     """The step without sharing, all rows in one micro-batch."""
-    return one_step(replace(SHARED, rows=20, row_length=32, scored=12, sequences=1, shared=False))
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        SHARED,
-        replace(SHARED, rows=1, row_length=40),  # cut groups
-        replace(SHARED, rows=8),  # empty rows
-        replace(SHARED, rows=1, row_length=300, scored=240, sequences=20),  # several groups in a row
-        replace(SHARED, rows=3, shared=False),
-    ],
-    ids=str,
-)
-def test_sharing_and_micro_batches_change_nothing(reference: tuple, layout: Layout) -> None:
-    assert_equal_steps(one_step(layout), reference)
+    return one_step(replace(SHARED, rows=20, row_length=32, scored=12, sequences=1, shared=False), kind=kind)
 
 
 SLOW = pytest.mark.slow
+LAYOUTS = [
+    SHARED,
+    replace(SHARED, rows=1, row_length=40),  # cut groups
+    replace(SHARED, rows=8),  # empty rows
+    replace(SHARED, rows=1, row_length=300, scored=240, sequences=20),  # several groups in a row
+    replace(SHARED, rows=3, shared=False),
+]
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "tensor"),
-    [(2, 2, 2), pytest.param(1, 8, 1, marks=SLOW), pytest.param(2, 1, 4, marks=SLOW)],
+    ("kind", "layout"),
+    [
+        *(("llama", layout) for layout in LAYOUTS),
+        *((kind, SHARED) for kind in KINDS if kind != "llama"),
+        *(pytest.param(kind, layout, marks=SLOW) for kind in KINDS if kind != "llama" for layout in LAYOUTS[1:]),
+    ],
     ids=str,
 )
-def test_one_device_equals_eight(reference: tuple, data: int, fsdp: int, tensor: int) -> None:
-    axes = {"ici_data_parallelism": data, "ici_fsdp_parallelism": fsdp, "ici_tensor_parallelism": tensor}
-    assert_equal_steps(one_step(replace(SHARED, rows=data * fsdp), devices=8, **axes), reference)
+def test_sharing_and_micro_batches_change_nothing(kind: str, layout: Layout) -> None:
+    assert_equal_steps(one_step(layout, kind=kind), reference(kind))
 
 
-def test_the_metrics_of_a_step(reference: tuple) -> None:
+MESHES = [
+    ("llama", (2, 2, 1, 2)),
+    *(pytest.param("llama", mesh, marks=SLOW) for mesh in ((1, 8, 1, 1), (2, 1, 1, 4))),
+    pytest.param("gemma3-text", (2, 2, 1, 2), marks=SLOW),
+    ("qwen3-moe", (1, 2, 2, 2)),
+    *(pytest.param(kind, (1, 1, 8, 1), marks=SLOW) for kind in WITH_EXPERTS),
+    pytest.param("deepseek-v3", (1, 2, 2, 2), marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("kind", "mesh"), MESHES, ids=str)
+def test_one_device_equals_eight(kind: str, mesh: tuple[int, ...]) -> None:
+    axes = {f"ici_{axis}_parallelism": size for axis, size in zip(mesh_lib.AXES, mesh, strict=True)}
+    layout = replace(SHARED, rows=int(np.prod(mesh[:-1])))
+    assert_equal_steps(one_step(layout, kind=kind, devices=8, **axes), reference(kind))
+
+
+def test_the_metrics_of_a_step() -> None:
     ours = trajectories()
-    gradient, metrics = reference
+    gradient, metrics = reference("llama")
     assert metrics["num_trained_tokens"] == sum(one.mask_T.sum() for one in ours)
     assert metrics["num_tokens"] == sum(len(one.prompt_T) + len(one.tokens_T) for one in ours)
     assert metrics["grad_norm"] == pytest.approx(float(np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))))
@@ -146,7 +161,7 @@ def test_scores_are_those_of_whole_logits_and_what_mismatch_compares() -> None:
     @jax.jit
     def whole(params: param.Tree, ids_T: jax.Array) -> jax.Array:
         batch = Batch(ids_T[None], jnp.arange(32)[None], jnp.ones((1, 32), jnp.int32), ids_T[None])
-        logp_TV = jax.nn.log_softmax(MODEL.logits(params, batch, Compute())[0] / 0.8)
+        logp_TV = jax.nn.log_softmax(POLICY.model.logits(params, batch, Compute())[0] / 0.8)
         return logp_TV[jnp.arange(31), ids_T[1:]]
 
     for one, logp_T in zip(ours, found, strict=True):
@@ -179,7 +194,7 @@ def test_a_step_that_weighs_nothing_changes_nothing() -> None:
     assert after.step == before.step + 1 == 2
 
 
-def test_what_is_outside_the_mask_reaches_nothing(reference: tuple) -> None:
+def test_what_is_outside_the_mask_reaches_nothing() -> None:
     """Observations have no log-probs: NaN there must not spread."""
     ours = [
         replace(one, sampler_logp_T=np.where(one.mask_T, one.sampler_logp_T, np.nan).astype(np.float32))
@@ -189,4 +204,4 @@ def test_what_is_outside_the_mask_reaches_nothing(reference: tuple) -> None:
     before = jax.device_get(steps.state.params)
     metrics = steps.take(ours)
     gradient = jax.tree.map(np.subtract, before, jax.device_get(steps.state.params))
-    assert_equal_steps((gradient, metrics), reference)
+    assert_equal_steps((gradient, metrics), reference("llama"))

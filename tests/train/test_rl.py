@@ -252,6 +252,27 @@ def test_every_algorithm_takes_a_step(name: str, rl: Rl, tmp_path: Path) -> None
     assert row["sampling/logp_difference/max"] < 1e-4
 
 
+def test_every_kind_of_model_samples_trains_and_goes_on(
+    other_model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dense layers with windows, experts, and latent attention; the sampler agrees with the trainer all along."""
+    keys = {"load_balance_loss_weight": 0.01, "checkpoint_period": 100, "lr_schedule_type": "constant"}
+    keys |= {"warmup_steps_fraction": 0}
+    assert cli.main(["rl", *arguments(tmp_path, other_model, rows, **keys, steps=1)]) == 0
+    assert cli.main(["rl", *arguments(tmp_path, other_model, rows, **keys, steps=2)]) == 0
+    assert "Going on after step 1 of 2" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
+    for row in metrics(tmp_path):
+        assert row["grad_norm"] > 0
+        assert row["sampling/logp_difference/max"] < 1e-4
+        assert all(np.isfinite(value) for value in row.values())
+    before, after = (load_file(folder / "model.safetensors") for folder in (other_model, tmp_path / "run" / "model"))
+    assert before.keys() == after.keys()
+    unmoved = {name for name in before if np.array_equal(before[name], after[name])}
+    # No token may have been sent to an expert.
+    assert {name for name in unmoved if ".experts." not in name} == {name for name in before if "correction" in name}
+
+
 def test_several_updates_clip_what_the_first_ones_moved(rl: Rl, tmp_path: Path) -> None:
     keys = {"num_iterations": 2, "num_mini_batches": 2, "steps": 1, "enable_checkpointing": False}
     assert rl(tmp_path, **keys) == 0

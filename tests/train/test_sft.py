@@ -15,6 +15,11 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+import tiny
+from luthier import cli
+from luthier.model.compute import Compute
+from luthier.model.model import Model
+from luthier.types import Batch
 from tiny import ROOT
 
 pytestmark = pytest.mark.multiprocess
@@ -176,6 +181,39 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == [step - 1]
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_every_kind_of_model_trains_goes_on_and_opens_in_transformers(
+    other_model: Path, tmp_path: Path, tiny_rows: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Dense layers with windows, experts on a mesh with their axis, and latent attention."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    keys = [
+        *command(tmp_path, other_model, tiny_rows, "lr_schedule_type=constant", "warmup_steps_fraction=0")[3:],
+        *("dtype=float32", "learning_rate=1e-2", "checkpoint_period=100", "per_device_batch_size=1"),
+        *("ici_expert_parallelism=2", "load_balance_loss_weight=0.01", "router_z_loss_weight=0.001"),
+    ]
+    assert cli.main(["sft", *keys, "steps=6"]) == 0
+    assert cli.main(["sft", *keys, "steps=12"]) == 0
+    assert "Going on after step 6 of 12" in capfd.readouterr().out
+    rows = [row for row in metrics(tmp_path) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert (rows[0].keys() >= {"load_balance_loss", "expert_load/max"}) == ("gemma3" not in other_model.name)
+    saved = tmp_path / "run" / "model"
+    before, after = (load_file(folder / "model.safetensors") for folder in (other_model, saved))
+    assert before.keys() == after.keys()
+    unmoved = {name for name in before if np.array_equal(before[name], after[name])}
+    assert unmoved == {name for name in before if "correction" in name}
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not any(found.values())
+    opened = Model.from_hf(json.loads((saved / "config.json").read_text()), "saved")
+    ids = np.arange(40, dtype=np.int32)[None] % 200
+    batch = Batch(ids, np.arange(40, dtype=np.int32)[None], np.ones_like(ids), ids > 0)
+    ours = opened.logits(tiny.params_from_torch(opened.spec, model), batch, Compute())
+    with torch.no_grad():
+        theirs = model.float()(torch.tensor(ids, dtype=torch.long)).logits
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-3)
 
 
 @pytest.mark.slow
