@@ -78,7 +78,7 @@ class Moe(Routing):
             spec["router_bias"] = weight(f"{own}.{self.router}.bias", "e -> e", "router", init="zeros")
         if self.correction:
             name = f"{own}.{self.router}.e_score_correction_bias"
-            # Released ones are large and differ by little: in bf16 they would choose other experts.
+            # In bf16 it would choose other experts; Transformers keeps it in fp32 too.
             spec["correction"] = weight(name, "e -> e", "router", init="zeros", exact=True)
         spec |= self._fused_spec(hidden_size, own) if self.fused else self._split_spec(hidden_size, own)
         if self.shared is not None:

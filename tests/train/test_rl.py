@@ -252,6 +252,7 @@ def test_every_algorithm_takes_a_step(name: str, rl: Rl, tmp_path: Path) -> None
     assert row["sampling/logp_difference/max"] < 1e-4
 
 
+@pytest.mark.slow
 def test_every_kind_of_model_samples_trains_and_goes_on(
     other_model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
