@@ -170,7 +170,7 @@ def test_the_record_is_counted_in_the_plan_and_compiled_for_in_advance() -> None
     engine.warm_up()
     compiled = programs.routes._cache_size()  # type: ignore[attr-defined]
     list(engine.generate(requests()))
-    assert programs.routes._cache_size() == compiled  # type: ignore[attr-defined]
+    assert programs.routes._cache_size() <= compiled  # type: ignore[attr-defined]
 
 
 def test_a_model_without_experts_has_nothing_to_record() -> None:
