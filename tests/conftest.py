@@ -40,7 +40,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(
     scope="session",
-    params=[*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma3-text", "qwen3-moe")), "deepseek-v3"],
+    params=["gemma3-text", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3-moe", "deepseek-v3"))],
 )
 def other_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random tiny model that is no Llama, and its tokenizer."""

@@ -27,6 +27,9 @@ from luthier.types import Batch
 KEYS = EngineKeys(max_num_seqs=4, prefill_chunk_length=16, decode_steps=3, max_target_length=64)
 kinds = pytest.mark.parametrize("kind", tiny.KINDS)
 SLOW = pytest.mark.slow
+slow_latent = pytest.mark.parametrize(  # latent attention before experts takes the longest to compile
+    "kind", [pytest.param(kind, marks=SLOW if kind == "deepseek-v3" else []) for kind in tiny.KINDS]
+)
 
 
 def make(
@@ -108,7 +111,7 @@ def test_log_probs_are_those_of_one_whole_pass(kind: str, axes: tuple[int, ...])
 
 
 @pytest.mark.usefixtures("one_device")
-@kinds
+@slow_latent
 def test_a_completion_does_not_depend_on_its_company(kind: str) -> None:
     engine, _ = make(kind=kind)
     wanted = Request(prompts(1)[0], 2, Sampling(seed=5, max_new_tokens=20))

@@ -87,7 +87,7 @@ EIGHT = {"ici_data_parallelism": 2, "ici_fsdp_parallelism": 2, "ici_expert_paral
     [
         ("qwen3-moe", 1, {}),
         ("qwen3-moe", 8, EIGHT),
-        ("qwen3-moe-mixed", 1, {}),
+        pytest.param("qwen3-moe-mixed", 1, {}, marks=pytest.mark.slow),
         pytest.param("gpt-oss", 1, {}, marks=pytest.mark.slow),
         pytest.param("deepseek-v3", 1, {}, marks=pytest.mark.slow),
     ],

@@ -199,6 +199,7 @@ def run(folder: Path, model: Path, **keys: Any) -> int:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_run_replays(tmp_path: Path) -> None:
     tiny.write_model(tmp_path / "model", **CONFIG | {"num_hidden_layers": 2, "vocab_size": 272, "eos_token_id": 2})
     assert run(tmp_path, tmp_path / "model") == 0

@@ -21,6 +21,9 @@ PER_MICRO_BATCH = ("load_balance_loss", "expert_load/max")
 """Numbers of a mixture that are a micro-batch's, not the step's."""
 SLOW = pytest.mark.slow
 kinds = pytest.mark.parametrize("kind", KINDS)
+slow_latent = pytest.mark.parametrize(  # latent attention before experts takes the longest to compile
+    "kind", [pytest.param(kind, marks=SLOW if kind == "deepseek-v3" else []) for kind in KINDS]
+)
 slow_but_for_one = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind == "llama" else SLOW) for kind in KINDS]
 )
@@ -68,12 +71,12 @@ def reference(kind: str) -> tuple[param.Tree, dict[str, float]]:
 
 
 @pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=SLOW)])
-@kinds
+@slow_latent
 def test_batch_times_accumulation(kind: str, accumulate: int) -> None:
     assert_equal_steps(one_step(kind, config(), BATCH, accumulate=accumulate), reference(kind), *PER_MICRO_BATCH)
 
 
-@kinds
+@slow_latent
 def test_remat_on_and_off(kind: str) -> None:
     """Which tokens go to which experts is not to differ between the passes."""
     assert_equal_steps(one_step(kind, config(), BATCH, compute=Compute(remat="dots")), reference(kind))
@@ -89,12 +92,12 @@ MESHES = [
     *(("gemma3-text", mesh) for mesh in ((2, 2, 1, 2), (1, 8, 1, 1))),
     *((kind, mesh) for kind in WITH_EXPERTS for mesh in ((1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 8, 1), (2, 2, 1, 2))),
 ]
-FIRST = {"llama": (2, 2, 1, 2), "gemma3-text": (2, 2, 1, 2), "qwen3-moe": (1, 2, 2, 2), "deepseek-v3": (1, 2, 2, 2)}
+QUICK = ("qwen3-moe", (1, 2, 2, 2))
 
 
 @pytest.mark.parametrize(
     ("kind", "mesh"),
-    [pytest.param(kind, mesh, marks=[] if FIRST[kind] == mesh or kind == "llama" else SLOW) for kind, mesh in MESHES],
+    [pytest.param(*case, marks=[] if case == QUICK or case[0] == "llama" else SLOW) for case in MESHES],
     ids=str,
 )
 def test_one_device_equals_eight(kind: str, mesh: tuple[int, ...]) -> None:
@@ -139,7 +142,7 @@ def test_the_gradient_is_that_of_the_mean_over_trained_tokens(kind: str) -> None
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), ours, jax.device_get(gradient))
 
 
-@pytest.mark.parametrize(("kind", "mesh"), [("llama", (4, 1, 2)), ("deepseek-v3", (2, 2, 2))])
+@pytest.mark.parametrize(("kind", "mesh"), [("llama", (4, 1, 2)), pytest.param("deepseek-v3", (2, 2, 2), marks=SLOW)])
 def test_weights_and_moments_are_sharded(kind: str, mesh: tuple[int, int, int]) -> None:
     axes = dict(zip(("ici_fsdp_parallelism", "ici_expert_parallelism", "ici_tensor_parallelism"), mesh, strict=True))
     keys, model = SftConfig(model_name="x", hf_path="y", **axes), kind_model(kind)
