@@ -114,7 +114,7 @@ class PolicyBatch:
     targets_BM: Array
     places_BSC: Array
     rollouts: Rollouts
-    routes_BTLk: Array = None
+    routes_BTLk: Array | None = None
 
 
 @dataclass(frozen=True)

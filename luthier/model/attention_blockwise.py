@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from luthier.model import layers
 from luthier.model.cpu import fence, transposed
 from luthier.model.segments import Prefixed, Segments, related
 
@@ -71,11 +72,6 @@ def outputs(
     rows = q_BTNH.shape[1] * plan.group
     o_BKRH, lse_BKR = _outputs(plan, *arrays)
     return o_BKRH[:, :, :rows], lse_BKR[:, :, :rows]
-
-
-def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
-    """Return scores bounded by ``softcap``, which None leaves as they are."""
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _laid_out(
@@ -208,7 +204,7 @@ def _query_block(
     # Tied to q, masks are made anew in each layer. Else they are moved out of the scan over layers, and all held.
     q, segments, forbidden = jax.lax.optimization_barrier((q, segments, jnp.float32(FORBIDDEN)))
     allowed = plan.allowed(segments, start, plan.block, key, k_BKsH.shape[2])
-    scores = capped(matmul(q, k_BKsH, transpose=True) * plan.scoring.scale, plan.scoring.softcap)
+    scores = layers.softcap(matmul(q, k_BKsH, transpose=True) * plan.scoring.scale, plan.scoring.softcap)
     scores = jnp.where(allowed, scores, forbidden)
     top = scores.max(axis=-1, keepdims=True)
     if sinks_KG is not None:
@@ -261,7 +257,7 @@ def _key_block(
     k_BKHb = _cut(keys[1], start, plan.block, 3)
     k, segments = jax.lax.optimization_barrier((k, segments))  # as in `_query_block`
     allowed = plan.allowed(segments, query, q.shape[2] // plan.group, start, plan.block).mT
-    scores = capped(matmul(k, q, transpose=True) * plan.scoring.scale, plan.scoring.softcap)
+    scores = layers.softcap(matmul(k, q, transpose=True) * plan.scoring.scale, plan.scoring.softcap)
     p = fence(jnp.where(allowed, jnp.exp(scores - lse_BKr[:, :, None]), 0).astype(q.dtype))
     dp = matmul(v, do, transpose=True)
     slope = plan.scoring.scale  # of capped scores by products

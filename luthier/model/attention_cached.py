@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from luthier.model.attention_blockwise import FORBIDDEN, capped, matmul, outputs
+from luthier.model import layers
+from luthier.model.attention_blockwise import FORBIDDEN, matmul, outputs
 from luthier.model.cache import LayerPast
 
 
@@ -54,7 +55,7 @@ def cached(
         if window is not None:
             allowed_BTS &= queries_BT[:, :, None] - positions_BS[:, None] < window
         allowed = jnp.repeat(allowed_BTS, group, axis=1)[:, None]
-        scores = capped(matmul(q_BKRH.astype(keys.dtype), keys, transpose=True) * scale, softcap)
+        scores = layers.softcap(matmul(q_BKRH.astype(keys.dtype), keys, transpose=True) * scale, softcap)
         scores = jnp.where(allowed, scores, FORBIDDEN)
         top_BKR = jnp.maximum(so_far.top_BKR, scores.max(axis=-1))
         p = jnp.exp(scores - top_BKR[..., None])
@@ -77,7 +78,9 @@ def _over_itself(
     B, _, _, H = q_B1NH.shape
     q_BKRH = q_B1NH.reshape(B, k_B1KH.shape[2], -1, H)
     k_BK1H, v_BK1H = k_B1KH.swapaxes(1, 2), v_B1KH.swapaxes(1, 2)
-    score_BKR = capped(jnp.sum(q_BKRH.astype(jnp.float32) * k_BK1H.astype(jnp.float32), axis=-1) * scale, softcap)
+    score_BKR = layers.softcap(
+        jnp.sum(q_BKRH.astype(jnp.float32) * k_BK1H.astype(jnp.float32), axis=-1) * scale, softcap
+    )
     values = jnp.broadcast_to(v_BK1H.astype(jnp.float32), (*q_BKRH.shape[:3], v_BK1H.shape[-1]))
     if sinks_N is None:
         return _Softmax(score_BKR, jnp.ones_like(score_BKR), values)

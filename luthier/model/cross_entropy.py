@@ -214,7 +214,7 @@ def _local_linear(axes: _Axes, how: _How, hidden_BTD: Any, head_VD: Any, targets
 def _logits(how: _How, head: jax.Array, hidden_MD: jax.Array) -> jax.Array:
     """Return fp32 logits ``[V, M]``, capped and over the temperature."""
     logits_VM = jax.lax.dot_general(head, hidden_MD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    logits_VM = logits_VM if how.cap is None else softcap(logits_VM, how.cap)
+    logits_VM = softcap(logits_VM, how.cap)
     return logits_VM if how.temperature == 1 else logits_VM / how.temperature
 
 

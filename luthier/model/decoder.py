@@ -142,13 +142,13 @@ class Decoder:
     ignored: tuple[str, ...] = ()
 
     @classmethod
-    def from_fields(cls, fields: Fields, layers: Sequence[Layer], *, plus_one: bool = False, **more: Any) -> Self:
+    def from_fields(cls, fields: Fields, layers: Sequence[Layer], **more: Any) -> Self:
         """Describe a model of these layers, whose other sizes are in ``config.json`` under their usual names.
 
         Raises as ``Fields`` does.
         """
         usual = {
-            "norm": Norm(fields.number("rms_norm_eps", 1e-6), plus_one),
+            "norm": Norm(fields.number("rms_norm_eps", 1e-6)),
             "tie_word_embeddings": fields.flag("tie_word_embeddings"),
         }
         return cls(fields.size("vocab_size"), fields.size("hidden_size"), tuple(layers), **usual | more)
@@ -167,13 +167,13 @@ class Decoder:
     def spec(self) -> Tree:
         """The tree of ``Param``s.
 
-        ``layers`` has a tree for each place of a run's period, named by the number of the first layer there.
+        ``layers`` has a tree for each place of a run's period, by the run's ``names``.
         """
         weight = declare({"vocab": self.vocab_size, "embed": self.hidden_size})
         layers = {
-            str(run.first + place): stacked(self._layer_spec(layer), "layer", run.indices(place))
+            name: stacked(self._layer_spec(layer), "layer", run.indices(place))
             for run in self.runs
-            for place, layer in enumerate(run.period)
+            for place, (name, layer) in enumerate(zip(run.names, run.period, strict=True))
         }
         model = {
             "embed": weight(f"{self.prefix}embed_tokens.weight", "v d -> v d", "vocab", "embed"),
@@ -188,9 +188,9 @@ class Decoder:
     def cache_lines(self) -> dict[str, Line]:
         """What is kept of each token while sampling, by the names of ``spec``'s layers."""
         return {
-            str(run.first + place): layer.attention.line(run.repeats)
+            name: layer.attention.line(run.repeats)
             for run in self.runs
-            for place, layer in enumerate(run.period)
+            for name, layer in zip(run.names, run.period, strict=True)
         }
 
     def _layer_spec(self, layer: Layer) -> dict[str, Any]:
@@ -268,13 +268,12 @@ def _run(
     layers: Tree, decoder: Decoder, run: Run[Layer], x_BTD: jax.Array, here: Here, past: Past | None, routes: Any
 ) -> tuple[jax.Array, tuple[dict[str, Fresh], list[Any]]]:
     """Return what comes out of a run of layers, what is to be cached of it, and where its tokens were sent."""
-    names = [str(run.first + place) for place in range(len(run.period))]
 
     def period(x_BTD: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
         weights, index, routes = scanned
         fresh: dict[str, Fresh] = {}
         sent: list[Any] = []
-        for name, layer in zip(names, run.period, strict=True):
+        for name, layer in zip(run.names, run.period, strict=True):
             own = replace(
                 here,
                 past=None if past is None else past.layer(name, index),
@@ -288,7 +287,7 @@ def _run(
                 sent.append(routed)
         return x_BTD, (fresh, sent)
 
-    scanned = ({name: layers[name] for name in names}, jnp.arange(run.repeats), routes)
+    scanned = ({name: layers[name] for name in run.names}, jnp.arange(run.repeats), routes)
     x_BTD, (fresh, sent) = jax.lax.scan(period, x_BTD, scanned)
     if len(sent) > 1:  # of [repeats, ...] for each place of the period, [repeats * places, ...]: the layers' order
         sent = [jax.tree.map(lambda *places: jnp.stack(places, 1).reshape(-1, *places[0].shape[1:]), *sent)]

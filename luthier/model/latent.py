@@ -30,9 +30,8 @@ class Latent:
     """Attention of ``heads`` heads over vectors of ``kv_rank`` numbers, in Hugging Face's ``config.json`` kv_lora_rank.
 
     A head's queries and keys are ``nope_dim`` numbers without positions and then ``rope_dim`` with, its values
-    ``value_dim``. ``q_rank`` None: queries are made at once. ``scale`` None: the root of the head's size, and what YaRN
-    asks besides. ``norm_eps`` is that of both small vectors' norms, ``bias`` says that o and the first products have
-    one, and ``prefix`` is what the tensors' names begin with in a layer.
+    ``value_dim``. ``q_rank`` None: queries are made at once. ``bias`` says that o and the first products have one, and
+    ``prefix`` is what the tensors' names begin with in a layer.
     """
 
     heads: int
@@ -42,15 +41,13 @@ class Latent:
     rope_dim: int
     value_dim: int
     rope: Rope
-    scale: float | None = None
-    norm_eps: float = 1e-6
     bias: bool = False
     prefix: str = "self_attn"
 
     @property
     def norm(self) -> Norm:
-        """The norm of both small vectors."""
-        return Norm(self.norm_eps)
+        """The norm of both small vectors, whose epsilon ``config.json`` does not tell."""
+        return Norm(1e-6)
 
     @property
     def head_dim(self) -> int:
@@ -141,7 +138,7 @@ class Latent:
         return _per_head("BTNC,CNH->BTNH", o_BTNC, p["v_up"])
 
     def _attention(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, here: Here) -> jax.Array:
-        scale = self.head_dim**-0.5 * self.rope.score_factor if self.scale is None else self.scale
+        scale = self.head_dim**-0.5 * self.rope.score_factor
         kernel, past = here.compute.attention, here.past
         return attention(q_BTNH, k_BTKH, v_BTKH, here.segments, implementation=kernel, scale=scale, past=past)
 

@@ -121,8 +121,10 @@ def _gated_backward(activation: str, saved: Any, dy: jax.Array) -> tuple[jax.Arr
 _gated.defvjp(_gated_forward, _gated_backward)
 
 
-def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """Return ``x`` bent to stay within ``cap`` of 0 (Gemma 2, arXiv 2408.00118), computed in fp32."""
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Return ``x`` bent to stay within ``cap`` of 0 (Gemma 2, arXiv 2408.00118), in fp32; None leaves it as it is."""
+    if cap is None:
+        return x
     return (jnp.tanh(x.astype(jnp.float32) / cap) * cap).astype(x.dtype)
 
 

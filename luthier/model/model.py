@@ -113,7 +113,7 @@ class Model:
     def project(self, params: Tree, hidden_BTD: jax.Array) -> jax.Array:
         """Return the fp32 logits ``[B, T, V]`` of hidden states."""
         logits_BTV = dense("BTD,VD->BTV", hidden_BTD, decoder.head(params), out_dtype=jnp.float32)
-        return logits_BTV if self.config.softcap is None else softcap(logits_BTV, self.config.softcap)
+        return softcap(logits_BTV, self.config.softcap)
 
     def score(self, params: Tree, batch: Batch, compute: Compute, cotangent_BT: jax.Array | None = None) -> TokenScores:
         """Return log-prob and correctness of the token *at* each position given those before it; 0 at the first.

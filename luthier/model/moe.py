@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 from luthier import mesh as mesh_lib
 from luthier.model import dispatch, router
 from luthier.model.context import Here
-from luthier.model.dense import dense
 from luthier.model.experts import grouped
 from luthier.model.layers import gated
 from luthier.model.mlp import Mlp
@@ -48,17 +47,16 @@ class Clamp:
 class Moe(Routing):
     """Experts of ``size`` inner numbers, and how tokens reach them.
 
-    ``clamp`` replaces the gate's ``activation``. ``shared`` works on every token, ``shared_gate`` names the tensor that
-    weighs it by a sigmoid (Qwen2-MoE). Tensors are named ``{prefix}.{router}`` and, by ``names`` for gate, up and down,
-    ``{prefix}.experts.{number}.{name}``; where they are ``fused``, as in gpt-oss, the experts are an axis of one tensor
-    of each kind, input first, with biases, and the columns of gate and up alternate.
+    ``clamp`` replaces the gate's ``activation``. ``shared`` works on every token. Tensors are named
+    ``{prefix}.{router}`` and, by ``names`` for gate, up and down, ``{prefix}.experts.{number}.{name}``; where they are
+    ``fused``, as in gpt-oss, the experts are an axis of one tensor of each kind, input first, with biases, and the
+    columns of gate and up alternate.
     """
 
     size: int
     activation: str = "silu"
     clamp: Clamp | None = None
     shared: Mlp | None = None
-    shared_gate: str | None = None
     fused: bool = False
     prefix: str = "mlp"
     router: str = "gate"
@@ -83,9 +81,6 @@ class Moe(Routing):
         spec |= self._fused_spec(hidden_size, own) if self.fused else self._split_spec(hidden_size, own)
         if self.shared is not None:
             spec["shared"] = self.shared.spec(hidden_size, block)
-        if self.shared_gate is not None:
-            one = declare({"embed": hidden_size, "router": 1})
-            spec["shared_gate"] = one(f"{own}.{self.shared_gate}.weight", "e d -> e d", "router", "embed")
         return spec
 
     def _split_spec(self, hidden_size: int, own: str) -> dict[str, Param]:
@@ -127,8 +122,6 @@ class Moe(Routing):
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 shared_BTD, _ = self.shared.apply(p["shared"], x_BTD, here)
-                if self.shared_gate is not None:
-                    shared_BTD = shared_BTD * jax.nn.sigmoid(dense("BTD,ED->BTE", x_BTD, p["shared_gate"]))
                 out_BTD = out_BTD + shared_BTD
         return out_BTD, routed
 

@@ -1,6 +1,6 @@
 """A weight is declared once; everything else about it is derived from that line.
 
-A family's ``spec(config)`` is a tree of ``Param``s. Initialisation, abstract shapes, sharding, the names and shapes of
+A decoder's ``spec`` is a tree of ``Param``s. Initialisation, abstract shapes, sharding, the names and shapes of
 Hugging Face's tensors, loading and export all follow from it; export is the load arrow read backwards.
 
 Left out on purpose: reading and writing files (``checkpoint``).

@@ -24,6 +24,11 @@ class Run(NamedTuple, Generic[Kind]):
         """The first layer after the run."""
         return self.first + len(self.period) * self.repeats
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the period's places: the number of the first layer at each."""
+        return [str(self.first + place) for place in range(len(self.period))]
+
     def indices(self, place: int) -> range:
         """Return the layers at one place of the period."""
         return range(self.first + place, self.end, len(self.period))

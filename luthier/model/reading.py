@@ -6,6 +6,7 @@ Left out on purpose: what the fields mean, which is a family's to know.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,27 +27,33 @@ class Fields:
         self.config = {name: value for name, value in config.items() if value is not None}
         self.model_type = str(config.get("model_type", ""))
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a value of any kind."""
-        return self.config.get(name, default)
-
     def size(self, name: str, default: int | None = None) -> int:
         """Return a positive integer."""
         value = self.config[name] if default is None else self.config.get(name, default)
         return self._kept(name, value, type(value) is int and value > 0, "a positive integer")
 
+    def count(self, name: str, default: int) -> int:
+        """Return an integer that is not negative."""
+        value = self.config.get(name, default)
+        return self._kept(name, value, type(value) is int and value >= 0, "an integer of 0 or more")
+
     def some(self, name: str) -> int | None:
         """Return a positive integer, or None where it is left out or 0."""
-        return self.size(name) if self.config.get(name) else None
+        return self.count(name, 0) or None
 
     def number(self, name: str, default: float | None = None) -> float:
         """Return a positive number."""
         value = self.config[name] if default is None else self.config.get(name, default)
-        return self._kept(name, value, type(value) in (int, float) and value > 0, "a positive number")
+        return self._kept(name, value, _is_positive(value), "a positive number")
 
     def bound(self, name: str) -> float | None:
         """Return a positive number, or None where it is left out."""
-        return None if self.config.get(name) is None else self.number(name)
+        return self.number(name) if name in self.config else None
+
+    def factor(self, name: str) -> float | None:
+        """Return a positive number, or None where it is left out or 0."""
+        value = self.config.get(name)
+        return None if type(value) in (int, float) and value == 0 else self.bound(name)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """Return true or false."""
@@ -61,6 +68,38 @@ class Fields:
                 f"config.json: {name}=`{value}` is not supported for {self.model_type}; {' and '.join(supported)} is."
             )
         return value
+
+    def integers(self, name: str, default: Sequence[int], count: int | None = None) -> tuple[int, ...]:
+        """Return a list of integers, none of them negative, and ``count`` of them where that is given."""
+        values = self.config.get(name, default)
+        right = isinstance(values, list | tuple) and all(type(value) is int and value >= 0 for value in values)
+        kind = f"a list of {'' if count is None else f'{count} '}integers of 0 or more"
+        return tuple(self._kept(name, values, right and count in (None, len(values)), kind))
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Return a list of positive numbers."""
+        values = self.config[name]
+        right = isinstance(values, list | tuple) and all(map(_is_positive, values))
+        return tuple(float(value) for value in self._kept(name, values, right, "a list of positive numbers"))
+
+    def group(self, name: str) -> dict[str, Any]:
+        """Return the fields of an object but for those that are null, none where it is left out."""
+        value = self.config.get(name, {})
+        return Fields(self._kept(name, value, isinstance(value, Mapping), "an object")).config
+
+    def text_config(self, supported: Sequence[str], usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the fields of a multimodal checkpoint's text tower, those that are null too, over ``usual`` ones.
+
+        Raises UserError where the tower is of a model type that is not among ``supported``.
+        """
+        given = self.config["text_config"]
+        text = {**(usual or {}), **self._kept("text_config", given, isinstance(given, Mapping), "an object")}
+        if text.get("model_type") not in supported:
+            raise UserError(
+                f"config.json: text_config's model_type=`{text.get('model_type')}` is not supported for "
+                f"{self.model_type}; {' and '.join(supported)} is."
+            )
+        return text
 
     def divided(self, name: str, by: str, sizes: Mapping[str, int]) -> int:
         """Return one size over another, which must divide it."""
@@ -94,3 +133,7 @@ class Fields:
         if not right:
             raise UserError(f"config.json: {name}={json.dumps(value)} is not {kind}. {ORIGINAL}")
         return value
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf

@@ -65,15 +65,16 @@ class Rope:
 
         Raises UserError where the type is unknown or a setting is of the wrong kind, KeyError where one is missing.
         """
-        given = _given(config, kind)
-        rope_type = _rope_type(given, config.get("model_type"))
-        fields = Fields(given | _lengths(given, Fields(config), rope_type))
-        names = ("partial_rotary_factor", *_SETTINGS[rope_type])
-        settings: dict[str, Any] = {name: fields.number(name) for name in names if fields.get(name)}
+        outer = Fields(config)
+        given = _given(outer, kind)
+        rope_type = _rope_type(given, outer.model_type)
+        fields = Fields(given | _lengths(given, outer, rope_type))
+        named = {name: fields.factor(name) for name in ("partial_rotary_factor", *_SETTINGS[rope_type])}
+        settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         if rope_type in ("linear", "llama3", "yarn"):
             settings["factor"] = fields.number("factor")
         if rope_type == "longrope":
-            settings |= {name: _numbers(fields, name) for name in ("short_factor", "long_factor")}
+            settings |= {name: fields.numbers(name) for name in ("short_factor", "long_factor")}
         if rope_type == "yarn":
             settings["truncate"] = fields.flag("truncate", True)
         return cls(fields.number("rope_theta", theta), rope_type, interleaved=interleaved, **settings)
@@ -185,31 +186,31 @@ def _factors(rope: Rope, pairs: int, long: bool) -> np.ndarray:
     return np.asarray(factors, np.float32)
 
 
-def _given(config: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+def _given(config: Fields, kind: str | None) -> dict[str, Any]:
     """Return the settings of a kind of layer, with what stands beside them in ``config.json``."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    names = ("rope_theta", "partial_rotary_factor")
-    beside = {name: config[name] for name in names if config.get(name) is not None}
-    if any(isinstance(value, Mapping) for value in given.values()):
-        if kind not in given:
+    given = config.group("rope_parameters") or config.group("rope_scaling")
+    beside = {name: config.config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config.config}
+    if kind in given or any(isinstance(value, Mapping) for value in given.values()):
+        if kind is None or kind not in given:
             raise UserError(
                 f"config.json: rope_parameters are those of {', '.join(given)}, and this model has layers of kind "
                 f"`{kind or 'all'}`. {ORIGINAL}"
             )
-        given = given[kind] or {}
-    elif kind == SLIDING and not config.get("rope_parameters"):
-        base = config.get("rope_local_base_freq")
+        given = Fields(given).group(kind)
+    elif kind == SLIDING and not config.group("rope_parameters"):
+        base = config.bound("rope_local_base_freq")
         given = {} if base is None else {"rope_theta": base}
-    return beside | {name: value for name, value in given.items() if value is not None}
+    return beside | given
 
 
-def _rope_type(given: Mapping[str, Any], model_type: Any) -> str:
-    rope_type = given.get("rope_type") or given.get("type") or "default"
+def _rope_type(given: Mapping[str, Any], model_type: str) -> str:
+    name = "rope_type" if "rope_type" in given else "type"
+    rope_type = given.get(name, "default")
     if rope_type in ("su", "yarn") and "short_factor" in given:
         return "longrope"  # as Phi-3's first checkpoints call it
     if rope_type not in ROPE_TYPES:
         raise UserError(
-            f"config.json: rope type `{rope_type}` is not supported for model type `{model_type}`. "
+            f"config.json: {name}=`{rope_type}` is not supported for model type `{model_type}`. "
             f"Supported: {', '.join(ROPE_TYPES)}."
         )
     return rope_type
@@ -220,16 +221,10 @@ def _lengths(given: Mapping[str, Any], config: Fields, rope_type: str) -> dict[s
     if _LENGTH not in _SETTINGS[rope_type]:
         return {}
     longest = config.some("max_position_embeddings")
-    original = config.some(_LENGTH) or Fields(given).some(_LENGTH)
+    outer, own = config.some(_LENGTH), Fields(given).some(_LENGTH)
+    original = outer or own
     if original is None or longest is None:
         length = original or longest
         return {} if length is None else {_LENGTH: length}
     follows = rope_type != "llama3" and "factor" not in given
     return {_LENGTH: original} | ({"factor": longest / original} if follows else {})
-
-
-def _numbers(fields: Fields, name: str) -> tuple[float, ...]:
-    values = fields.config[name]
-    if not isinstance(values, list | tuple) or not all(type(value) in (int, float) and value > 0 for value in values):
-        raise UserError(f"config.json: {name}=`{values}` is not a list of positive numbers. {ORIGINAL}")
-    return tuple(float(value) for value in values)

@@ -44,7 +44,7 @@ class Routing:
         """Raise UserError where so many experts cannot be chosen."""
         if self.experts % self.groups:
             raise UserError(
-                f"config.json: {self.experts} experts do not divide into {self.groups} groups. "
+                f"config.json: {self.experts} experts do not divide into n_group={self.groups} groups. "
                 "Take the model's original config.json."
             )
         top_groups = min(self.top_groups, self.groups)
@@ -52,7 +52,7 @@ class Routing:
         if not 0 < self.top_k <= reachable:
             raise UserError(
                 f"config.json: num_experts_per_tok={self.top_k} is not between 1 and the {reachable} experts of "
-                f"{top_groups} out of {self.groups} groups. Take the model's original config.json."
+                f"topk_group={top_groups} out of n_group={self.groups} groups. Take the model's original config.json."
             )
 
 

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from luthier.algorithms import masked
 from luthier.config import TrainKeys
+from luthier.errors import UserError
 from luthier.model import router
+from luthier.model.model import Model
 from luthier.model.router import Routed
 from luthier.types import Loss
 
@@ -33,6 +35,15 @@ class Balance(NamedTuple):
 
 
 NONE = Balance()
+
+
+def check(keys: TrainKeys, model: Model) -> None:
+    """Raise UserError where a weight is given, and the model has no router that it could be for."""
+    given = [name for name in ("load_balance_loss_weight", "router_z_loss_weight") if getattr(keys, name)]
+    if given and model.routes is None:
+        which = ", ".join(f"{name}={getattr(keys, name):g}" for name in given)
+        rest = "it" if len(given) == 1 else "them"
+        raise UserError(f"{which}: this model has no experts that tokens are sent to. Leave {rest} out.")
 
 
 def balanced(loss: Loss, routed: Routed | None, balance: Balance) -> Loss:

@@ -21,7 +21,7 @@ from luthier.memory import available
 from luthier.model import param
 from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
-from luthier.train import memory, optimizer, step
+from luthier.train import balance, memory, optimizer, step
 from luthier.train.balance import Balance
 from luthier.types import Batch
 
@@ -70,10 +70,11 @@ class Programs:
 
 
 def prepare(config: C, source: Source, model: Model, mesh: Mesh) -> Job[C]:
-    """Return the job, after checking that mesh, kernel and checkpoint fit the model.
+    """Return the job, after checking that keys, mesh, kernel and checkpoint fit the model.
 
     Raises UserError where one does not.
     """
+    balance.check(config, model)
     dtype = fast_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
     compute = Compute(dtype, config.attention, config.remat_policy)
     param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model

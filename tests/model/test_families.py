@@ -360,7 +360,7 @@ def test_families_are_found_by_model_type_and_an_unknown_one_is_refused() -> Non
     ("change", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act=`gelu` is not supported"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type `dynamic` is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type=`dynamic` is not supported"),
     ],
 )
 def test_a_config_that_cannot_be_computed_is_refused(change: dict[str, Any], message: str) -> None:

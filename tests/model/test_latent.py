@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -163,18 +162,6 @@ def test_segments_do_not_see_each_other() -> None:
     segments_BT, positions_BT = jnp.array([[1] * 6 + [2] * 5]), jnp.array([[*range(6), *range(5)]])
     packed_BTD = applied(latent, params, x_BTD, positions_BT, segments_BT)
     assert_close(packed_BTD[:, 6:], applied(latent, params, x_BTD[:, 6:], positions(1, 5)))
-
-
-def test_the_scale_follows_from_yarn_unless_given() -> None:
-    latent = LATENTS["v2-yarn"]
-    stretch = 1 + 0.1 * 0.6 * np.log(4.0)
-    params, x_BTD = random_params(latent), jax.random.normal(jax.random.key(1), (1, 7, HIDDEN))
-    derived_BTD, same_BTD, other_BTD = (
-        applied(one, params, x_BTD, positions(1, 7))
-        for one in (latent, replace(latent, scale=float(24**-0.5 * stretch**2)), replace(latent, scale=24**-0.5))
-    )
-    assert_close(derived_BTD, same_BTD)
-    assert np.abs(derived_BTD - other_BTD).max() > 1e-3
 
 
 def test_weights_go_back_into_the_tensors_they_came_from() -> None:

@@ -54,10 +54,6 @@ VARIANTS: dict[str, tuple[Moe, dict[str, Any]]] = {
         Moe(experts=E, top_k=K, size=F, normalised=True),
         {"num_experts": E, "norm_topk_prob": True},
     ),
-    "qwen2_moe": (
-        Moe(experts=E, top_k=K, size=F, shared=Mlp(12, prefix="mlp.shared_expert"), shared_gate="shared_expert_gate"),
-        {"num_experts": E, "shared_expert_intermediate_size": 12, "norm_topk_prob": False},
-    ),
     "olmoe": (Moe(experts=E, top_k=K, size=F), {"num_experts": E, "norm_topk_prob": False}),
     "deepseek_v2": (
         Moe(experts=E, top_k=K, size=F, scaling=2.0, groups=4, top_groups=2, shared=SHARED),

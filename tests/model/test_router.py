@@ -219,10 +219,16 @@ def test_nothing_but_padding_gives_no_loss() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"top_k": 9}, "num_experts_per_tok=9 is not between 1 and the 8 experts of 1 out of 1 groups"),
+        (
+            {"top_k": 9},
+            "num_experts_per_tok=9 is not between 1 and the 8 experts of topk_group=1 out of n_group=1 groups",
+        ),
         ({"top_k": 0}, "num_experts_per_tok=0"),
-        ({"groups": 3}, "8 experts do not divide into 3 groups"),
-        ({"groups": 4, "top_groups": 1}, "num_experts_per_tok=3 is not between 1 and the 2 experts of 1 out of 4"),
+        ({"groups": 3}, "8 experts do not divide into n_group=3 groups"),
+        (
+            {"groups": 4, "top_groups": 1},
+            "num_experts_per_tok=3 is not between 1 and the 2 experts of topk_group=1 out of n_group=4",
+        ),
     ],
 )
 def test_choices_that_cannot_be_made_are_refused(fields: dict[str, int], words: str) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from luthier import cli
 from luthier import mesh as mesh_lib
 from luthier.algorithms.sft import sft
 from luthier.config import SftConfig
+from luthier.errors import UserError
 from luthier.model import param
 from luthier.model.compute import Compute
 from luthier.model.router import Routed
 from luthier.train import optimizer, step
-from luthier.train.balance import NONE, Balance, balanced
+from luthier.train.balance import NONE, Balance, balanced, check
 from luthier.types import Loss
 from tiny import kind_model, make_batch
 
@@ -65,6 +68,23 @@ def test_a_micro_batch_of_padding_adds_nothing() -> None:
     empty = jax.tree.map(jnp.zeros_like, routed())
     found = balanced(Loss(sum=jnp.float32(0), weight=jnp.float32(0), metrics={}), empty, BALANCE)
     assert {float(value) for value in step.means(found).values()} == {0.0}
+
+
+@pytest.mark.parametrize("keys", [("load_balance_loss_weight=0.5",), ("router_z_loss_weight=0.25",)])
+def test_a_model_without_experts_is_refused(
+    keys: tuple[str, ...], tmp_path: Path, tiny_model: Path, tiny_rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = (f"base_output_directory={tmp_path}", f"load_parameters_path={tiny_model}", f"hf_path={tiny_rows}")
+    assert cli.main(["sft", *places, "run_name=run", *keys]) == 2
+    assert f"{keys[0]}: this model has no experts" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_zero_fit_every_model() -> None:
+    check(SftConfig(model_name="x", hf_path="y"), kind_model("llama"))
+    check(KEYS, kind_model("qwen3-moe"))
+    with pytest.raises(UserError, match=r"load_balance_loss_weight=0.5, router_z_loss_weight=0.25: .* Leave them out"):
+        check(KEYS, kind_model("llama"))
 
 
 MODEL = kind_model("qwen3-moe")

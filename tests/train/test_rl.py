@@ -257,8 +257,8 @@ def test_every_kind_of_model_samples_trains_and_goes_on(
     other_model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Dense layers with windows, experts, and latent attention; the sampler agrees with the trainer all along."""
-    keys = {"load_balance_loss_weight": 0.01, "checkpoint_period": 100, "lr_schedule_type": "constant"}
-    keys |= {"warmup_steps_fraction": 0}
+    keys = {"checkpoint_period": 100, "lr_schedule_type": "constant", "warmup_steps_fraction": 0}
+    keys |= {} if "gemma3" in other_model.name else {"load_balance_loss_weight": 0.01}
     assert cli.main(["rl", *arguments(tmp_path, other_model, rows, **keys, steps=1)]) == 0
     assert cli.main(["rl", *arguments(tmp_path, other_model, rows, **keys, steps=2)]) == 0
     assert "Going on after step 1 of 2" in capsys.readouterr().out

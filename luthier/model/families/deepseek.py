@@ -26,7 +26,7 @@ def read(config: Mapping[str, Any]) -> Decoder:
     fields = Fields(config)
     fields.choice("hidden_act", ("silu",), "silu")
     attention, count = _attention(fields), fields.size("num_hidden_layers")
-    dense = min(count, fields.get("first_k_dense_replace", 0))
+    dense = min(count, fields.count("first_k_dense_replace", 0))
     layers = [Layer(attention, Mlp(fields.size("intermediate_size")))] * dense
     if dense < count:
         layers += [Layer(attention, _experts(fields))] * (count - dense)
@@ -56,7 +56,7 @@ def _experts(fields: Fields) -> Moe:
     size, shared = fields.size("moe_intermediate_size"), fields.some("n_shared_experts")
     return Moe(
         size=size,
-        experts=fields.size("n_routed_experts", fields.get("num_local_experts")),
+        experts=fields.size("n_routed_experts", fields.some("num_local_experts")),
         top_k=fields.size("num_experts_per_tok"),
         scoring="sigmoid" if third else "softmax",
         normalised=third and fields.flag("norm_topk_prob", True),

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from luthier.errors import UserError
 from luthier.model.decoder import Decoder, Layer
 from luthier.model.grouped import Grouped
 from luthier.model.mlp import Mlp
@@ -27,15 +26,11 @@ def read(config: Mapping[str, Any]) -> Decoder:
     """
     if config["model_type"] != "mistral3":
         return _text(config)
-    text = config["text_config"]
-    if text.get("model_type") not in ("mistral", "ministral3"):
-        raise UserError(
-            f"config.json: a mistral3 whose text_config is `{text.get('model_type')}` is not supported; mistral and "
-            "ministral3 are."
-        )
-    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))}
+    outer = Fields(config)
+    text = outer.text_config(("mistral", "ministral3"))
+    tied = outer.flag("tie_word_embeddings", Fields(text).flag("tie_word_embeddings"))
     return replace(
-        _text(text | tied),
+        _text(text | {"tie_word_embeddings": tied}),
         prefix="language_model.model.",
         head="language_model.lm_head",
         ignored=(r"vision_tower\..*", r"multi_modal_projector\..*"),
@@ -45,16 +40,16 @@ def read(config: Mapping[str, Any]) -> Decoder:
 def _text(config: Mapping[str, Any]) -> Decoder:
     fields = Fields(config)
     fields.choice("hidden_act", ("silu",), "silu")
-    sizes = fields.heads()
     rope = Rope.from_hf(config, theta=1e6 if fields.model_type == "mixtral" else 1e4)
+    window, growth, feed = _window(config), _growth(fields), _feed(fields)
 
     def layer(kind: str) -> Layer:
-        window = _window(config) if kind == SLIDING else None
-        return Layer(Grouped(*sizes, rope, window=window, growth=_growth(config)), _feed(fields))
+        seen = window if kind == SLIDING else None
+        return Layer(Grouped(*fields.heads(), rope, window=seen, growth=growth), feed)
 
-    usual = FULL if _window(config) is None else SLIDING
-    kinds = fields.layer_types([usual] * fields.size("num_hidden_layers"))
-    return Decoder.from_fields(fields, [layer(kind) for kind in kinds])
+    kinds = {kind: layer(kind) for kind in (FULL, SLIDING)}
+    usual = [FULL if window is None else SLIDING] * fields.size("num_hidden_layers")
+    return Decoder.from_fields(fields, [kinds[kind] for kind in fields.layer_types(usual)])
 
 
 def _window(config: Mapping[str, Any]) -> int | None:
@@ -63,12 +58,10 @@ def _window(config: Mapping[str, Any]) -> int | None:
     return Fields(usual | dict(config)).some("sliding_window")
 
 
-def _growth(config: Mapping[str, Any]) -> tuple[float, int] | None:
-    rope = config.get("rope_parameters") or {}
-    if config["model_type"] != "ministral3" or not rope.get("llama_4_scaling_beta"):
-        return None
-    fields = Fields(rope)
-    return fields.number("llama_4_scaling_beta"), fields.size("original_max_position_embeddings")
+def _growth(fields: Fields) -> tuple[float, int] | None:
+    rope = Fields(fields.group("rope_parameters"))
+    beta = rope.factor("llama_4_scaling_beta") if fields.model_type == "ministral3" else None
+    return None if beta is None else (beta, rope.size("original_max_position_embeddings"))
 
 
 def _feed(fields: Fields) -> Mlp | Moe:

@@ -42,17 +42,17 @@ def read(config: Mapping[str, Any]) -> Decoder:
 def _kinds(fields: Fields) -> tuple[str, ...]:
     """Return each layer's attention: where windows are used, Qwen 2's and 3's first layers have none."""
     count = fields.size("num_hidden_layers")
-    if not fields.flag("use_sliding_window") or not fields.get("sliding_window", 4096):
+    if not fields.flag("use_sliding_window") or not fields.count("sliding_window", 4096):
         return (FULL,) * count
     if fields.model_type == "qwen3_moe":
         return (SLIDING,) * count
-    first = fields.get("max_window_layers", 28)
+    first = fields.count("max_window_layers", 28)
     return fields.layer_types([SLIDING if i >= first else FULL for i in range(count)])
 
 
 def _feed(fields: Fields, layer: int) -> Mlp | Moe:
-    experts = fields.get("num_experts", fields.get("num_local_experts", 128))
-    sparse = fields.model_type == "qwen3_moe" and experts and layer not in fields.get("mlp_only_layers", [])
+    experts = fields.count("num_experts", fields.count("num_local_experts", 128))
+    sparse = fields.model_type == "qwen3_moe" and experts and layer not in fields.integers("mlp_only_layers", ())
     if not sparse or (layer + 1) % fields.size("decoder_sparse_step", 1):
         return Mlp(fields.size("intermediate_size"))
     return Moe(

@@ -23,7 +23,7 @@ def read(config: Mapping[str, Any]) -> Decoder:
     fields.choice("hidden_act", ("silu",), "silu")
     count = fields.size("num_hidden_layers")
     every = fields.size("no_rope_layer_interval", 4)
-    turned = fields.get("no_rope_layers", [(i + 1) % every for i in range(count)])  # 0 where there is no rope
+    turned = fields.integers("no_rope_layers", [(i + 1) % every for i in range(count)], count)  # 0: no rope there
     window = fields.some("sliding_window") if fields.flag("use_sliding_window") else None
     kinds = fields.layer_types([FULL if window is None or turned[i] else SLIDING for i in range(count)])
     rope, biased = Rope.from_hf(config, theta=2e6), fields.flag("attention_bias")
