@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from luthier import mesh
+from luthier.model import quant
 from luthier.model.attention import Needs
 from luthier.model.cache import Fresh, Line, Past
 from luthier.model.compute import Compute
@@ -234,7 +235,7 @@ def forward(
     ``routes_LBTk``, tokens are sent to these experts, by layers with experts in their order.
     """
     with jax.named_scope("embed"):
-        x_BTD = params["embed"][tokens_BT].astype(compute.dtype)
+        x_BTD = quant.rows(params["embed"], tokens_BT, compute.dtype)
         if decoder.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(decoder.embed_scale, compute.dtype)
         x_BTD = mesh.constrain(x_BTD, "batch", "time", "norm")

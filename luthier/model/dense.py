@@ -1,7 +1,8 @@
 """The one matmul of activations with a weight, and its gradient.
 
-The weight's type decides how it is multiplied; today that is an array, the fp32 (or bf16) master itself. Left out on
-purpose: products of one batch of activations with another, which are attention's.
+The weight's type decides how it is multiplied: an array is the fp32 (or bf16) master itself and is trained; a quantised
+weight (whatever has ``matrix(dtype)``) and what lies under an adapter (``lora.Lora``) are frozen, so that no gradient
+of theirs is computed. Left out on purpose: products of one batch of activations with another, which are attention's.
 """
 
 from __future__ import annotations
@@ -16,21 +17,31 @@ from jax.ad_checkpoint import checkpoint_name
 
 from luthier import mesh
 from luthier.model.cpu import transposed
+from luthier.model.lora import Lora, row_norms
+from luthier.model.quant import gathered
 
 
-def dense(einsum: str, x: jax.Array, w: jax.Array, *, out_dtype: Any = None) -> jax.Array:
+def dense(einsum: str, x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
     """Return ``einsum(x, w)`` in ``out_dtype`` (default: that of ``x``), computed in the type of ``x``.
 
     ``einsum`` contracts the last axes of ``x`` with the first axes of ``w`` (``BTD,DF->BTF``: stored input first) or
     with its last (``BTF,DF->BTD``: stored output first). Both are as fast going forward; in the gradient of ``w``,
     the side that comes first in storage is the one that is transposed, so store the narrow side first.
 
-    The gradient of ``w`` has the type of ``w`` and is summed over tokens in fp32, whatever the type of ``x``.
+    The gradient of ``w`` has the type of ``w`` and is summed over tokens in fp32, whatever the type of ``x``. Of a
+    quantised ``w`` there is none, and of a ``Lora`` that of the adapter alone.
     Raises ValueError where ``einsum`` has another form.
     """
     _weight_axes(einsum)
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    if isinstance(w, Lora):
+        y = _adapted(einsum, out_dtype, x, w)
+    elif hasattr(w, "matrix"):
+        y = _frozen_dense(einsum, out_dtype, x, w)
+    else:
+        y = _array_dense(einsum, out_dtype, x, w)
     # Named here, so that the "dots" policy of `layers.remat` finds every matmul of a layer.
-    return checkpoint_name(_array_dense(einsum, jnp.dtype(out_dtype or x.dtype), x, w), "dense")
+    return checkpoint_name(y, "dense")
 
 
 def biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -57,6 +68,107 @@ def _array_dense_backward(einsum: str, out_dtype: Any, saved: Any, dy: jax.Array
 
 
 _array_dense.defvjp(_array_dense_forward, _array_dense_backward)
+
+
+def _frozen_dense(einsum: str, out_dtype: Any, x: jax.Array, w: Any) -> jax.Array:
+    """Return the product with a weight, an array or quantised, that has no gradient."""
+    return _frozen(einsum, out_dtype, x.dtype, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _frozen(einsum: str, out_dtype: Any, dtype: Any, x: jax.Array, w: Any) -> jax.Array:
+    if not hasattr(w, "matrix"):
+        return _product(einsum, x, w.astype(dtype), out_dtype)
+    contracted, out, out_first = _weight_axes(einsum)
+    lead = x.ndim - contracted
+    rows = _split(einsum)[0][:lead]
+    y = _product(f"{rows}i,oi->{rows}o", x.reshape(*x.shape[:lead], -1), gathered(w).matrix(dtype), out_dtype)
+    return y.reshape(*x.shape[:lead], *(w.shape[:out] if out_first else w.shape[contracted:]))
+
+
+def _frozen_forward(einsum: str, out_dtype: Any, dtype: Any, x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
+    # Of a quantised weight the codes are kept, and of `x` nothing.
+    return _frozen(einsum, out_dtype, dtype, x, w), w
+
+
+def _frozen_backward(einsum: str, out_dtype: Any, dtype: Any, w: Any, dy: jax.Array) -> tuple[jax.Array, None]:
+    x_axes, w_axes, y_axes = _split(einsum)
+    dy = dy.astype(dtype)
+    if not hasattr(w, "matrix"):
+        return _product(f"{y_axes},{w_axes}->{x_axes}", dy, w.astype(dtype), dtype), None
+    contracted, out, out_first = _weight_axes(einsum)
+    lead = dy.ndim - out
+    rows = y_axes[:lead]
+    dx = _product(f"{rows}o,oi->{rows}i", dy.reshape(*dy.shape[:lead], -1), gathered(w).matrix(dtype), dtype)
+    return dx.reshape(*dy.shape[:lead], *(w.shape[out:] if out_first else w.shape[:contracted])), None
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)
+
+
+def _adapted(einsum: str, out_dtype: Any, x: jax.Array, w: Lora) -> jax.Array:
+    """Return the product with a weight and its adapter.
+
+    With DoRA (arXiv 2402.09353, equation 5), rows of the sum of both are scaled to ``magnitude``, and what scales them
+    is constant in the gradient but for the magnitude itself (section 4.3). As in PEFT, the base's part of what DoRA
+    changes has dropout too.
+    """
+    y = _frozen_dense(einsum, out_dtype, x, w.base)
+    dropped = x if w.key is None else _dropout(x, w.key, w.rate)
+    delta = _delta(einsum, out_dtype, dropped, w).reshape(y.shape)
+    if w.magnitude is None:
+        return y + delta
+    out = _weight_axes(einsum)[1]
+    factor = dora_factor(einsum, w).reshape(y.shape[y.ndim - out :]).astype(out_dtype)
+    if w.key is None:
+        return factor * (y + delta)
+    return y + (factor - 1) * _frozen_dense(einsum, out_dtype, dropped, w.base) + factor * delta
+
+
+def _delta(einsum: str, out_dtype: Any, x: jax.Array, w: Lora) -> jax.Array:
+    """Return what an adapter adds, its output axes flattened to one."""
+    axes = _split(einsum)[0][: x.ndim - _weight_axes(einsum)[0]]
+    inner = _array_dense(f"{axes}i,ri->{axes}r", x.dtype, x.reshape(*x.shape[: len(axes)], -1), w.a)
+    inner = scaled(checkpoint_name(inner, "dense"), w)
+    # The narrow side first, see `dense`.
+    return _array_dense(f"{axes}r,ro->{axes}o", out_dtype, inner, w.b.T)
+
+
+def scaled(inner: jax.Array, w: Lora) -> jax.Array:
+    """Return an adapter's inner numbers ``[B, ..., r]`` times its scale, or times what each row of the batch has."""
+    if w.gate_BR is None:
+        return inner * w.scale
+    B, R = w.gate_BR.shape
+    return inner * w.gate_BR.astype(inner.dtype).reshape(B, *[1] * (inner.ndim - 2), R)
+
+
+def dora_factor(einsum: str, w: Lora) -> jax.Array:
+    """Return what DoRA multiplies each output with, fp32 ``[O]``: the magnitude over the norm, which is constant."""
+    return w.magnitude / _row_norms(einsum, w)
+
+
+def _dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    kept = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def _row_norms(einsum: str, w: Lora) -> jax.Array:
+    """Return the fp32 norms ``[O]`` of the rows of ``base + scale * b @ a``."""
+    if w.norms is not None:
+        return w.norms
+    frozen = jax.lax.stop_gradient(w)
+    return checkpoint_name(row_norms(_rows_by_columns(einsum, frozen.base), frozen), "dense")
+
+
+def _rows_by_columns(einsum: str, w: Any) -> jax.Array:
+    """Return a weight, an array or quantised, as fp32 ``[O, I]``."""
+    if hasattr(w, "matrix"):
+        return w.matrix(jnp.float32)
+    contracted, out, out_first = _weight_axes(einsum)
+    w = w.astype(jnp.float32)
+    if out_first:
+        return w.reshape(math.prod(w.shape[:out]), -1)
+    return w.reshape(math.prod(w.shape[:contracted]), -1).T
 
 
 def _product(einsum: str, x: jax.Array, w: jax.Array, out_dtype: Any) -> jax.Array:

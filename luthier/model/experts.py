@@ -3,11 +3,15 @@
 ``jax.lax.ragged_dot`` says the same, but outside a TPU XLA multiplies every row with every expert. There, tiles of rows
 are multiplied one after another, each with the one weight it needs, so that the work is that of the chosen experts.
 
+What a weight is decides its type, as for ``dense``: an array is trained, and quantised weights and those under an
+adapter are not.
+
 Left out on purpose: rows in any other order (``moe``), and biases, which are additions.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from luthier import mesh
 from luthier.model.cpu import transposed
+from luthier.model.lora import Lora
 
 # Rows of a tile, at least and at most. Small ones waste fewer rows at the end of each expert's, large ones read a
 # weight less often.
@@ -33,19 +38,53 @@ _WEIGHT = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-def grouped(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def grouped(x_MI: jax.Array, w_EIO: Any, sizes_E: jax.Array) -> jax.Array:
     """Return ``[M, O]`` in the type of ``x``: the first ``sizes_E[0]`` rows times ``w_EIO[0]``, the next times ``[1]``.
 
     Rows after the last expert's are zero. The gradient of ``w`` has the type of ``w`` and is summed over rows in fp32,
-    whatever the type of ``x``.
+    whatever the type of ``x``; of a quantised ``w`` there is none, and of a ``Lora`` that of the adapter alone.
     """
-    return checkpoint_name(_grouped(x_MI, w_EIO, sizes_E), "dense")
+    if isinstance(w_EIO, Lora):
+        y_MO = _frozen(x_MI.dtype, x_MI, w_EIO.base, sizes_E)
+        inner_MR = checkpoint_name(_grouped(x_MI, w_EIO.a.mT, sizes_E), "dense")
+        y_MO = y_MO + _grouped(inner_MR * w_EIO.scale, w_EIO.b.mT, sizes_E)
+    elif hasattr(w_EIO, "matrix"):
+        y_MO = _frozen(x_MI.dtype, x_MI, w_EIO, sizes_E)
+    else:
+        y_MO = _grouped(x_MI, w_EIO, sizes_E)
+    return checkpoint_name(y_MO, "dense")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _frozen(dtype: Any, x_MI: jax.Array, w: Any, sizes_E: jax.Array) -> jax.Array:
+    """Return the product with a weight, an array or quantised, that has no gradient."""
+    return _rows_times_experts(x_MI, w, sizes_E)
+
+
+def _frozen_forward(dtype: Any, x_MI: jax.Array, w: Any, sizes_E: jax.Array) -> tuple[jax.Array, Any]:
+    return _frozen(dtype, x_MI, w, sizes_E), (w, sizes_E)
+
+
+def _frozen_backward(dtype: Any, saved: Any, dy_MO: jax.Array) -> tuple[jax.Array, None, None]:
+    w, sizes_E = saved
+    return _rows_times_experts(dy_MO.astype(dtype), w, sizes_E, back=True), None, None
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)
+
+
+def _rows_times_experts(x: jax.Array, w: Any, sizes_E: jax.Array, back: bool = False) -> jax.Array:
+    """Return rows times their expert's weight, or with ``back`` its transpose."""
+    if mesh.platform() != "tpu":
+        return tiled_forward(x, w, sizes_E, back)
+    if hasattr(w, "matrix"):
+        return _ragged(x, w.matrix(x.dtype), sizes_E, _FORWARD if back else _BACKWARD)
+    return _ragged(x, w, sizes_E, _BACKWARD if back else _FORWARD)
 
 
 @jax.custom_vjp
 def _grouped(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    forward = ragged_forward if mesh.platform() == "tpu" else tiled_forward
-    return forward(x_MI, w_EIO, sizes_E)
+    return _rows_times_experts(x_MI, w_EIO, sizes_E)
 
 
 def _grouped_forward(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, Any]:
@@ -81,14 +120,21 @@ def _ragged(x: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, dimensions: Any)
     return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes_E), y, 0)
 
 
-def tiled_forward(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Return ``grouped``'s value, tile by tile."""
+def tiled_forward(x_MI: jax.Array, w_EIO: Any, sizes_E: jax.Array, back: bool = False) -> jax.Array:
+    """Return ``grouped``'s value, tile by tile; with ``back``, the product with each weight's transpose.
+
+    Of a quantised weight, one expert's matrix at a time is a float.
+    """
+    # A quantised weight is stored output first.
+    contracted = 1 if hasattr(w_EIO, "matrix") != back else 0
 
     def step(y_MO: jax.Array, expert: jax.Array, start: jax.Array, own_R1: jax.Array) -> jax.Array:
-        w_IO = _weight(w_EIO, expert).astype(x_MI.dtype)
-        return _put(y_MO, jax.lax.dot(_rows(x_MI, start, own_R1), w_IO), start, own_R1)
+        w = _floats(w_EIO, expert, x_MI.dtype)
+        y_RO = jax.lax.dot_general(_rows(x_MI, start, own_R1), w, (((1,), (contracted,)), ((), ())))
+        return _put(y_MO, y_RO, start, own_R1)
 
-    start = jnp.zeros((x_MI.shape[0], w_EIO.shape[2]), x_MI.dtype)
+    one = jax.eval_shape(lambda w: _floats(w, 0, x_MI.dtype), w_EIO)
+    start = jnp.zeros((x_MI.shape[0], one.shape[1 - contracted]), x_MI.dtype)
     return _over_tiles(step, start, sizes_E)
 
 
@@ -138,7 +184,13 @@ def tile_rows(M: int, E: int) -> int:
     return min(M, max(least, min(most, 1 << (max(M // (4 * E), 1) - 1).bit_length())))
 
 
-def _weight(w_EIO: jax.Array, expert: jax.Array) -> jax.Array:
+def _floats(w: Any, expert: Any, dtype: Any) -> jax.Array:
+    """Return one expert's matrix in ``dtype``, an array's input first, a quantised weight's output first."""
+    one = jax.tree.map(lambda field: _weight(field, expert), w)
+    return one.matrix(dtype) if hasattr(one, "matrix") else one.astype(dtype)
+
+
+def _weight(w_EIO: jax.Array, expert: Any) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(w_EIO, expert, keepdims=False)
 
 

@@ -10,6 +10,7 @@ Left out on purpose: choosing which tokens are looked at (DeepSeek-V3.2).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,14 @@ from luthier.model.attention import Needs, attention
 from luthier.model.cache import Fresh, Line
 from luthier.model.context import Here
 from luthier.model.cpu import fence
-from luthier.model.dense import biased, dense
+from luthier.model.dense import biased, dense, dora_factor, scaled
 from luthier.model.layers import apply_rope
+from luthier.model.lora import Lora
 from luthier.model.norm import Norm
 from luthier.model.param import Param, Part, Tree, declare
 from luthier.model.rope import Rope
+
+_UP = "BTC,CNH->BTNH"  # from a small vector to each head's keys or values
 
 
 @dataclass(frozen=True)
@@ -124,18 +128,18 @@ class Latent:
     def _expanded(self, p: Tree, q_BTNH: jax.Array, key_BT1E: jax.Array, here: Here) -> jax.Array:
         """Return ``[B, T, N, value_dim]`` by each head's own keys and values."""
         c_BTC, k_BT1R = key_BT1E[:, :, 0, : self.kv_rank], key_BT1E[..., self.kv_rank :]
-        k_BTNH = dense("BTC,CNH->BTNH", c_BTC, p["k_up"])
-        v_BTNH = dense("BTC,CNH->BTNH", c_BTC, p["v_up"])
+        k_BTNH = dense(_UP, c_BTC, p["k_up"])
+        v_BTNH = dense(_UP, c_BTC, p["v_up"])
         shared_BTNR = jnp.broadcast_to(k_BT1R, (*k_BTNH.shape[:3], self.rope_dim))
         return self._attention(q_BTNH, jnp.concatenate([k_BTNH, shared_BTNR], axis=-1), v_BTNH, here)
 
     def _absorbed(self, p: Tree, q_BTNH: jax.Array, key_BT1E: jax.Array, here: Here) -> jax.Array:
         """Return ``[B, T, N, value_dim]`` by attention to the small vectors themselves."""
         nope_BTNH, turned_BTNR = q_BTNH[..., : self.nope_dim], q_BTNH[..., self.nope_dim :]
-        q_BTNC = _per_head("BTNH,CNH->BTNC", nope_BTNH, p["k_up"])
+        q_BTNC = _into_latent(nope_BTNH, p["k_up"])
         q_BTNE = jnp.concatenate([q_BTNC, turned_BTNR], axis=-1)
         o_BTNC = self._attention(q_BTNE, key_BT1E, key_BT1E[..., : self.kv_rank], here)
-        return _per_head("BTNC,CNH->BTNH", o_BTNC, p["v_up"])
+        return _out_of_latent(o_BTNC, p["v_up"])
 
     def _attention(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, here: Here) -> jax.Array:
         scale = self.head_dim**-0.5 * self.rope.score_factor
@@ -154,6 +158,35 @@ class Latent:
         """Declare a product from ``rank`` numbers to ``size`` of each head."""
         weight = declare({"latent": rank, "heads": self.heads, "head_dim": size})
         return weight(f"{tensor}.weight", "(n h) c -> c n h", "latent", "heads", "head_dim", part=part)
+
+
+def _into_latent(x_BTNH: jax.Array, w: Any) -> jax.Array:
+    """Return the product of each head's numbers with the transpose of its part of a weight, ``[B, T, N, C]``."""
+    if not isinstance(w, Lora):
+        return _per_head("BTNH,CNH->BTNC", x_BTNH, _floats(w, x_BTNH.dtype))
+    if w.magnitude is not None:
+        x_BTNH = x_BTNH * _per_row(dora_factor(_UP, w), x_BTNH)
+    b_NHR = w.b.reshape(*x_BTNH.shape[2:], -1)
+    inner_BTNR = scaled(_per_head("BTNH,NHR->BTNR", x_BTNH, b_NHR), w)
+    return _into_latent(x_BTNH, w.base) + _per_head("BTNR,RC->BTNC", inner_BTNR, w.a)
+
+
+def _out_of_latent(x_BTNC: jax.Array, w: Any) -> jax.Array:
+    """Return the product of each head's numbers with its part of a weight, ``[B, T, N, H]``."""
+    if not isinstance(w, Lora):
+        return _per_head("BTNC,CNH->BTNH", x_BTNC, _floats(w, x_BTNC.dtype))
+    y_BTNH = _out_of_latent(x_BTNC, w.base)
+    inner_BTNR = scaled(_per_head("BTNC,RC->BTNR", x_BTNC, w.a), w)
+    y_BTNH = y_BTNH + _per_head("BTNR,NHR->BTNH", inner_BTNR, w.b.reshape(*y_BTNH.shape[2:], -1))
+    return y_BTNH if w.magnitude is None else y_BTNH * _per_row(dora_factor(_UP, w), y_BTNH)
+
+
+def _per_row(factor_O: jax.Array, x_BTNH: jax.Array) -> jax.Array:
+    return factor_O.reshape(x_BTNH.shape[2:]).astype(x_BTNH.dtype)
+
+
+def _floats(w: Any, dtype: Any) -> jax.Array:
+    return w.materialised(dtype) if hasattr(w, "materialised") else w.astype(dtype)
 
 
 def _per_head(einsum: str, x: jax.Array, w: jax.Array) -> jax.Array:

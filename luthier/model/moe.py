@@ -8,7 +8,8 @@ Left out on purpose: capacities and dropping; moving the correction bias while t
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,8 +21,10 @@ from luthier.model import dispatch, router
 from luthier.model.context import Here
 from luthier.model.experts import grouped
 from luthier.model.layers import gated
+from luthier.model.lora import Lora
 from luthier.model.mlp import Mlp
 from luthier.model.param import Param, Part, Tree, declare, stacked
+from luthier.model.quant import Blockwise, Int8, unnested
 from luthier.model.router import Routed, Routing
 
 # How an expert's weights lie on the mesh while they are used: whole along `fsdp`.
@@ -140,10 +143,12 @@ class Moe(Routing):
             way = dispatch.gathered if mesh_lib.platform() == "cpu" else dispatch.exchanged
         rows = P(mesh_lib.BATCH_AXES if split else None)
         # Sums over devices are written out: there is no replication for check_vma to verify.
+        p = jax.tree.map(functools.partial(_in_blocks, mesh.shape["tensor"]), p, is_leaf=_is_quantised)
+        specs = {name: _placed(weight, _SPECS[name]) for name, weight in p.items()}
         return jax.shard_map(
             functools.partial(self._on_device, way, summed),
             mesh=mesh,
-            in_specs=({name: _SPECS[name] for name in p}, rows, rows, rows),
+            in_specs=(specs, rows, rows, rows),
             out_specs=rows,
             check_vma=False,
         )(p, x_BTD, chosen_BTk, weights_BTk)
@@ -154,7 +159,8 @@ class Moe(Routing):
         """Return the experts' output ``[B, T, D]``, summed over the mesh axes ``summed``."""
         tensor = jax.lax.axis_size("tensor") if "tensor" in summed else 1
         flat = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, chosen_BTk, weights_BTk))
-        out_MD = way(functools.partial(self._feed, p, tensor), len(p["gate"]), *flat).astype(x_BTD.dtype)
+        experts = len(jax.tree.leaves(p["gate"])[0])
+        out_MD = way(functools.partial(self._feed, p, tensor), experts, *flat).astype(x_BTD.dtype)
         return (jax.lax.psum(out_MD, summed) if summed else out_MD).reshape(x_BTD.shape)
 
     def _feed(self, p: Tree, tensor: int, x_RD: jax.Array, sizes_E: jax.Array, experts_R: jax.Array) -> jax.Array:
@@ -171,6 +177,33 @@ def clamped(clamp: Clamp, gate: jax.Array, up: jax.Array) -> jax.Array:
     gate32 = jnp.minimum(gate.astype(jnp.float32), clamp.limit)
     up32 = jnp.clip(up.astype(jnp.float32), -clamp.limit, clamp.limit)
     return ((up32 + 1) * gate32 * jax.nn.sigmoid(clamp.alpha * gate32)).astype(gate.dtype)
+
+
+def _placed(weight: Any, placed: P) -> Any:
+    """Return how the fields of an experts' weight lie on the mesh, given how the array ``[E, I, O]`` does."""
+    if isinstance(weight, Lora):
+        expert, into, out = placed
+        base = _placed(weight.base, placed)
+        return replace(weight, base=base, a=P(expert, None, into), b=P(expert, out, None))
+    if _is_quantised(weight):
+        expert, into, out = placed
+        return jax.tree.map(lambda field: P(expert, out, into) if field.ndim == 3 else P(expert, out), weight)
+    return placed
+
+
+def _is_quantised(weight: Any) -> bool:
+    return isinstance(weight, Int8 | Blockwise)
+
+
+def _in_blocks(ways: int, weight: Any) -> Any:
+    """Return a weight whose fields can be cut ``ways`` times by rows or columns: a quantised one's blocks are halved
+    until they can.
+    """
+    weight = unnested(weight)
+    if not isinstance(weight, Blockwise):
+        return weight
+    halves = ways // math.gcd(ways, weight.scales.shape[-1])
+    return replace(weight, scales=jnp.repeat(weight.scales, halves, axis=-1))
 
 
 def _biased(y_RO: jax.Array, bias_EO: jax.Array | None, experts_R: jax.Array) -> jax.Array:
