@@ -1,1 +1,1 @@
-"""Checkpoints: Hugging Face folders and GGUF files in, Hugging Face folders out, and the train state between."""
+"""Checkpoints: Hugging Face folders, adapters and GGUF files in and out, and the train state between."""

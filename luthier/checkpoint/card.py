@@ -33,3 +33,15 @@ def model_card(source: Source, command: str, dataset: str, keys: Mapping[str, An
         f"- Luthier {luthier.__version__}\n\n"
         f"| key | value |\n| --- | --- |\n{rows}\n"
     )
+
+
+def converted_card(source: Source) -> str:
+    """Return the card of a model that another layout, type or merged adapter is all that is new of."""
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if source.hub_id:
+        head["base_model"] = source.hub_id
+    merged = f", with the adapter `{source.adapter}` merged into it" if source.adapter else ""
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {source.name}\n\n"
+        f"`{source.name}`{merged}, written by `luthier convert` {luthier.__version__}.\n"
+    )

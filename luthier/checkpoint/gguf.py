@@ -1,6 +1,6 @@
 """GGUF files read as Hugging Face checkpoints: the same config, tensor names, row order and float32 values.
 
-Left out on purpose: writing them, and the tokenizer (``gguf_tokenizer``).
+Left out on purpose: writing them (``gguf_writing``), and the tokenizer (``gguf_tokenizer``).
 """
 
 from __future__ import annotations

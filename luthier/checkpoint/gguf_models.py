@@ -8,8 +8,9 @@ DeepSeek's, and whatever is not a plain decoder.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class Architecture:
 
     ``names`` maps the tensors of a block; ``fields`` returns what its ``config.json`` has besides what all have.
     ``interleaved``: rows of q and k are ordered for pairs that lie side by side. ``plus_one``: norms are stored with
-    one added.
+    one added. ``also`` are model types that are written so besides, where nothing in them is another's.
     """
 
     model_type: str
@@ -71,10 +72,12 @@ class Architecture:
     fields: Callable[[Header], dict[str, Any]]
     interleaved: bool = False
     plus_one: bool = False
-    experts: bool = field(init=False)
+    also: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "experts", any("{expert}" in name for name in self.names.values()))
+    @property
+    def experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return any("{expert}" in name for name in self.names.values())
 
     def hf_name(self, name: str) -> str:
         """Return Hugging Face's name of a tensor, with ``{expert}`` where it stacks them; its own where unknown."""
@@ -85,6 +88,36 @@ class Architecture:
         if stem.startswith("blk.") and part in self.names:
             return f"model.layers.{block}.{self.names[part]}.{suffix}"
         return name
+
+    def gguf_name(self, name: str) -> str:
+        """Return the name that llama.cpp gives a tensor: ``hf_name`` backwards, without the number of an expert.
+
+        Raises KeyError for a tensor that the architecture has no place for.
+        """
+        stem, _, suffix = name.rpartition(".")
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
+            part = re.sub(r"\bexperts\.\d+\.", "experts.{expert}.", match[2])
+            return f"blk.{match[1]}.{_flipped(self.names)[part]}.{suffix}"
+        return f"{_flipped(_OUTER)[stem]}.{suffix}"
+
+
+def of_model_type(model_type: str, place: str) -> tuple[str, Architecture]:
+    """Return llama.cpp's name of the architecture that a ``model_type`` is written as, and what it is.
+
+    Raises UserError where there is none, or none that is known here.
+    """
+    for key, found in _ARCHITECTURES.items():
+        if model_type in (found.model_type, *found.also):
+            return key.split(",")[0], found
+    known = sorted({name for found in _ARCHITECTURES.values() for name in (found.model_type, *found.also)})
+    raise UserError(
+        f"{place}: model type `{model_type}` cannot be written as GGUF. Those that can: {', '.join(known)}. "
+        "Write a Hugging Face folder (output_format=huggingface) and convert that with llama.cpp's own script."
+    )
+
+
+def _flipped(names: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in names.items()}
 
 
 def find(header: Header) -> Architecture:
@@ -212,7 +245,7 @@ def _phi3(header: Header) -> dict[str, Any]:
 
 
 _ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _ATTENTION | _MLP, _llama, interleaved=True),
+    "llama": Architecture("llama", "LlamaForCausalLM", _ATTENTION | _MLP, _llama, interleaved=True, also=("mistral",)),
     "llama, of experts": Architecture(
         "mixtral",
         "MixtralForCausalLM",

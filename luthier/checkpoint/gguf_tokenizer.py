@@ -45,8 +45,8 @@ _RULES = {
     "deepseek-r1-qwen": "qwen2",
     "tekken": "tekken",
 }
-# Whose texts begin with bos unless the file says otherwise, and whose whole words are taken without merges.
-_WHOLE_WORDS = ("llama3", "tekken")
+WHOLE_WORDS = ("llama3", "tekken")
+"""Rules whose texts begin with bos unless the file says otherwise, and whose whole words are taken without merges."""
 _SPACE = "▁"
 
 
@@ -93,15 +93,16 @@ def _byte_level(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     vocab = {token: number for number, token in enumerate(metadata["ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in metadata["ggml.merges"]]
     rule = _RULES[name]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule in _WHOLE_WORDS))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule in WHOLE_WORDS))
     if rule == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _cut(rule)
+    tokenizer.pre_tokenizer = cut(rule)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _cut(rule: str) -> Any:
+def cut(rule: str) -> Any:
+    """Return the pre-tokenizer of a rule: one of those that names stand for."""
     if rule in _SPLITS:
         split = pre_tokenizers.Split(Regex(_SPLITS[rule]), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -165,7 +166,7 @@ def _added(metadata: Mapping[str, Any]) -> list[AddedToken]:
 
 def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], named: Mapping[str, str]) -> None:
     """Put bos before and eos after a text, where the file asks for it or llama.cpp's default for its kind does."""
-    usual = metadata["ggml.model"] == "llama" or _RULES.get(metadata.get("ggml.pre", "")) in _WHOLE_WORDS
+    usual = metadata["ggml.model"] == "llama" or _RULES.get(metadata.get("ggml.pre", "")) in WHOLE_WORDS
     bos = [named["bos_token"]] if metadata.get("ggml.add_bos_token", usual) and "bos_token" in named else []
     eos = [named["eos_token"]] if metadata.get("ggml.add_eos_token", False) and "eos_token" in named else []
     tokenizer.post_processor = processors.TemplateProcessing(

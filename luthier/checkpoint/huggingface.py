@@ -7,37 +7,32 @@ Left out on purpose: optimizer state (``state``).
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from luthier import mesh as mesh_lib
-from luthier.checkpoint import disk, quantised
+from luthier.checkpoint import disk, placing, quantised
+from luthier.checkpoint import folder as whole
 from luthier.checkpoint import tensors as files
 from luthier.checkpoint import tokenizer as tokenizer_files
 from luthier.checkpoint.source import Source
 from luthier.checkpoint.tensors import Stored
 from luthier.errors import UserError
 from luthier.model import param as param_lib
+from luthier.model import quant
 from luthier.model.param import Param, Tree
 
 SHARD_LIMIT = 5 * 10**9
 _FLOATS = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "float16", "bfloat16")}
 _LISTED = 20
-
-Shards = Mapping[str, Mapping[str, Stored]]
 
 
 def check(source: Source, spec: Tree, ignored: Sequence[str] = ()) -> None:
@@ -76,20 +71,23 @@ def left_out(source: Source, spec: Tree, ignored: Sequence[str]) -> str:
     return ", ".join(f"{count:,} tensor{'s' * (count > 1)} {pattern}" for pattern, count in counts.items() if count)
 
 
-def load(source: Source, spec: Tree, dtype: Any, mesh: Mesh, ignored: Sequence[str] = ()) -> Tree:
+def load(
+    source: Source, spec: Tree, dtype: Any, mesh: Mesh, ignored: Sequence[str] = (), quantization: str = ""
+) -> Tree:
     """Return the weights as ``dtype``, stacked as ``spec`` says and sharded over ``mesh``; every process calls it.
 
-    Raises UserError as ``check`` does. A ``random`` source has no tensors: ``param.initialise`` makes its weights.
+    ``quantization`` is one of ``quant.KINDS`` or "": each tensor is quantised on the host before the next is read.
+    ``dtype`` is then the type of what stays a float, and may be a function that returns it for a ``Param``.
+
+    Raises UserError as ``check`` does. A ``random`` source has no tensors: ``param.initialise`` makes its weights, and
+    ``placing.quantise`` quantises them.
     """
     check(source, spec, ignored)
-    empty = jax.jit(
-        lambda: param_lib.map_spec(lambda param: jnp.zeros(param.shape, param.dtype(dtype)), spec),
-        out_shardings=param_lib.shardings(spec, mesh),
-    )
-    arrays, structure = jax.tree.flatten(empty())
+    structure = placing.structure(spec)
+    weights = structure.flatten_up_to(placing.empty(spec, quantization, dtype, mesh))
     for name, places in _places(spec).items():
-        _fill(arrays, places, source.tensors[name], mesh)
-    return jax.tree.unflatten(structure, arrays)
+        _fill(weights, places, source.tensors[name])
+    return jax.tree.unflatten(structure, weights)
 
 
 def save(
@@ -108,27 +106,55 @@ def save(
 
     ``dtype`` is the type of the weights, ``auto`` the type that each tensor was loaded in. Tensors of ``source`` that
     are not the model's own go along as they are, so that what was whole stays whole. ``chat_template`` replaces
-    the tokenizer's own, ``card`` is the text of README.md. A failure leaves the folder that was there before; where the
-    disk refuses it is a RunError. The one gap is between two renames: a machine that dies just there leaves the old
-    model as ``.NAME.old``.
+    the tokenizer's own, ``card`` is the text of README.md. Failures are as in ``write``.
     """
     ours = _outgoing(params, spec, source, dtype)
-    shards = files.shard(ours | {name: source.tensors[name] for name in _others(source, ours)}, shard_limit)
+    tensors = ours | {name: source.tensors[name] for name in _others(source, ours)}
+    if jax.process_index() == 0:
+        write(
+            folder,
+            tensors,
+            source,
+            partial(tokenizer_files.save, tokenizer, chat_template=chat_template),
+            dtype=_only_type(ours),
+            card=card,
+            shard_limit=shard_limit,
+            aside="No checkpoint was touched: it goes on from the last one.",
+        )
+    else:
+        for tensor in ours.values():
+            tensor.read()  # gathering takes every process
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, Stored],
+    source: Source,
+    write_tokenizer: Callable[[Path], None],
+    *,
+    dtype: str | None = None,
+    card: str = "",
+    shard_limit: int = SHARD_LIMIT,
+    aside: str = "",
+) -> None:
+    """Write ``folder`` as Transformers reads it, one tensor at a time, and put it in its place when it is whole.
+
+    ``dtype`` is what ``config.json`` says of the weights' type, by default the one that all ``tensors`` have, if they
+    do. A failure leaves the folder that was there before (``folder.write``); where the disk refuses it is a RunError,
+    which ends with ``aside``.
+    """
+    shards = files.shard(tensors, shard_limit)
     documents: dict[str, Any] = {
-        "config.json": _saved_config(source, ours),
+        "config.json": _saved_config(source, dtype or _only_type(tensors)),
         "generation_config.json": _generation_config(source),
         "README.md": card,
     }
     if len(shards) > 1:
         documents[files.INDEX] = files.index(shards)
-    if jax.process_index() == 0:
-        with disk.writing(folder, "the model", partial(_what_stands, folder, shards)):
-            _write(folder, shards, documents, partial(tokenizer_files.save, tokenizer, chat_template=chat_template))
-    else:
-        for name in (name for group in shards.values() for name in group if name in ours):
-            ours[name].read()  # gathering takes every process
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {folder}")
+    with disk.writing(folder, "the model", partial(_what_stands, folder, shards, aside)):
+        whole.write(folder, shards, documents, write_tokenizer)
 
 
 class _Place(NamedTuple):
@@ -153,49 +179,18 @@ def _others(source: Source, ours: Mapping[str, Any]) -> list[str]:
     return [name for name in source.tensors if name not in ours and not _harmless(name)]
 
 
-def _fill(arrays: list[jax.Array], places: list[_Place], stored: Stored, mesh: Mesh) -> None:
+def _fill(weights: list[Any], places: list[_Place], stored: Stored) -> None:
     """A function of its own, so that one tensor is let go before the next is read."""
     tensor = stored.read()
     for number, param, index in places:
-        sharding = mesh_lib.sharding(param.slice_axes, param.slice_shape, mesh)
-        piece = _place(param.from_tensor(tensor), arrays[number].dtype, sharding)
-        arrays[number] = _put(arrays[number], piece, index, arrays[number].sharding)
-        arrays[number].block_until_ready()
-
-
-def _place(piece: np.ndarray, dtype: Any, sharding: NamedSharding) -> jax.Array:
-    """Each device takes its own part of the host's ``piece``, in the memory order and type that it will have there."""
-
-    def part(where: Any) -> np.ndarray:
-        values = piece[where]
-        if values.dtype == dtype and values.flags.c_contiguous:
-            return values
-        copy = files.aligned(values.shape, dtype)
-        np.copyto(copy, values, casting="unsafe")
-        return copy
-
-    return jax.make_array_from_callback(piece.shape, sharding, part)
-
-
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(array: jax.Array, piece: jax.Array, index: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    """Write one slice in place. Arrays made so may be donated later, which the host's own memory may not."""
-    start = (*index, *[0] * piece.ndim)
-    array = jax.lax.dynamic_update_slice(array, jnp.expand_dims(piece, tuple(range(len(index)))), start)
-    return jax.lax.with_sharding_constraint(array, sharding)
-
-
-@partial(jax.jit, static_argnums=2)
-def _take(array: jax.Array, index: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    """Return one slice, whole on every device."""
-    for place in index:
-        array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
-    return jax.lax.with_sharding_constraint(array, sharding)
+        weights[number] = placing.put(weights[number], param, index, param.from_tensor(tensor))
 
 
 def _outgoing(params: Tree, spec: Tree, source: Source, dtype: str) -> dict[str, Stored]:
     """Return {Hugging Face name: tensor} of our arrays, each gathered when it is read."""
-    arrays = jax.tree.structure(param_lib.map_spec(lambda _: 0, spec)).flatten_up_to(params)
+    arrays = placing.structure(spec).flatten_up_to(params)
+    if any(quant.kind(array) for array in arrays):
+        raise ValueError("save: the weights are quantised; only an adapter over them can be saved")
     found: dict[str, Stored] = {}
     for name, places in _places(spec).items():
         first = places[0]
@@ -212,66 +207,32 @@ def _loaded_type(source: Source, name: str, array: jax.Array) -> np.dtype:
 def _gather(arrays: list[jax.Array], places: list[_Place], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     tensor = np.zeros(shape, dtype)
     for number, param, index in places:
-        array = arrays[number]
-        if index or not array.is_fully_replicated:  # else it is here as it is, and needs no copy
-            array = _take(array, index, NamedSharding(cast(NamedSharding, array.sharding).mesh, PartitionSpec()))
-        piece = np.asarray(array.addressable_data(0))
+        piece = placing.take(arrays[number], index)
         param.into_tensor(piece.astype(dtype, copy=False), tensor)
     return tensor
 
 
-def _write(folder: Path, shards: Shards, documents: dict[str, Any], write_tokenizer: Callable[[Path], None]) -> None:
-    new = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        for name, group in shards.items():
-            files.write_safetensors(new / name, group)
-        for name, content in documents.items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (new / name).write_text(text, encoding="utf-8")
-        write_tokenizer(new)
-        for path in [*new.iterdir(), new]:
-            _sync(path)
-        _replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _what_stands(folder: Path, shards: Shards) -> str:
+def _what_stands(folder: Path, shards: whole.Shards, aside: str) -> str:
     size = sum(tensor.nbytes for group in shards.values() for tensor in group.values())
     there = "The model that was there before stands" if folder.exists() else "No model is there"
     return (
-        f"{there}, and no checkpoint was touched. Have {size / 1e9:.2f} GB free and the folder writable, and run the "
-        "same command again: it goes on from the last checkpoint."
-    )
+        f"{there}. Have {size / 1e9:.2f} GB free and the folder writable, and run the same command again. {aside}"
+    ).rstrip()
 
 
-def _replace(new: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _only_type(tensors: Mapping[str, Stored]) -> str | None:
+    kinds = {str(tensor.dtype) for tensor in tensors.values()}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
-def _saved_config(source: Source, ours: Mapping[str, Stored]) -> dict[str, Any]:
+def _saved_config(source: Source, kind: str | None) -> dict[str, Any]:
     """Return the original config with the type of what was written; Transformers 4 called that field torch_dtype."""
     config = quantised.without(source.config)
     if not config.get("architectures"):
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
-    kinds = {str(tensor.dtype) for tensor in ours.values()}
-    if len(kinds) == 1:
-        kind = kinds.pop()
+    if kind is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = kind
         text = config.get("text_config") or {}
         if changed := {name: kind for name in ("torch_dtype", "dtype") if name in text}:
@@ -293,11 +254,3 @@ def _harmless(name: str) -> bool:
 
 def _shape(shape: Any) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

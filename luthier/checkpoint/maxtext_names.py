@@ -1,4 +1,4 @@
-"""MaxText's names of released models as ids on the hub, so that its commands work unchanged.
+"""MaxText's names of released models as ids on the hub, and of modules as Hugging Face's: its commands work unchanged.
 
 The ids are those that MaxText's own converter takes, or that its model files point to; where it takes somebody's bf16
 copy of a quantised release, the release itself, which is read here. Left out on purpose: its names without released
@@ -6,6 +6,10 @@ weights (gpt3-*, envy-*, *-tiny, *-test, *-custom).
 """
 
 from __future__ import annotations
+
+import re
+
+from luthier.errors import UserError
 
 HUB_IDS = {
     "deepseek2-16b": "deepseek-ai/DeepSeek-V2-Lite",
@@ -77,3 +81,36 @@ HUB_IDS = {
     "qwen3.5-35b-a3b": "Qwen/Qwen3.5-35B-A3B",
     "qwen3.5-397b-a17b": "Qwen/Qwen3.5-397B-A17B",
 }
+
+_MODULES = {
+    "q_proj": ("self_attention/query", "attention/query", "self_attention/wq"),
+    "k_proj": ("self_attention/key", "attention/key"),
+    "v_proj": ("self_attention/value", "attention/value"),
+    "o_proj": ("self_attention/out", "attention/out"),
+    "qkv_proj": ("self_attention/qkv_proj", "attention/qkv_proj"),
+    "gate_proj": ("mlp/wi_0", "MoeBlock_0/wi_0"),
+    "up_proj": ("mlp/wi_1", "MoeBlock_0/wi_1"),
+    "gate_up_proj": ("mlp/wi", "MoeBlock_0/wi"),
+    "down_proj": ("mlp/wo", "MoeBlock_0/wo"),
+    "q_a_proj": ("self_attention/wq_a",),
+    "q_b_proj": ("self_attention/wq_b",),
+    "kv_a_proj_with_mqa": ("self_attention/wkv_a",),
+    "kv_b_proj": ("self_attention/wkv_b",),
+}
+
+
+def modules(pattern: str) -> tuple[str, ...]:
+    """Return the names of Hugging Face's modules that a regular expression over MaxText's paths means.
+
+    An example is ``decoder/layers/(self_attention/(query|value)|mlp/(wi_0|wi_1|wo))``. Raises UserError where it means
+    none.
+    """
+    found = tuple(
+        name
+        for name, paths in _MODULES.items()
+        if any(re.search(rf"(?:{pattern})$", f"decoder/layers/{path}") for path in paths)
+    )
+    if not found:
+        known = ", ".join(paths[0] for paths in _MODULES.values())
+        raise UserError(f"lora_target_modules={pattern}: means no module. Of MaxText's paths there are {known}.")
+    return found

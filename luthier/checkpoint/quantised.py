@@ -1,8 +1,9 @@
 """Released quantised weights, read as the floats that they stand for.
 
-Two kinds: fp8 with a scale for each block (DeepSeek-V3 and R1) or for each tensor, and MXFP4 (gpt-oss), where 32 values
-of four bits share a power of two (Open Compute Project, Microscaling Formats, version 1.0). Both become bfloat16, as
-their makers' own conversions do. Left out on purpose: writing them, and every other method, which is refused.
+Three kinds: fp8 with a scale for each block (DeepSeek-V3 and R1) or for each tensor; MXFP4 (gpt-oss), where 32 values
+of four bits share a power of two (Open Compute Project, Microscaling Formats, version 1.0), both of which become
+bfloat16 as in their makers' own conversions; and bitsandbytes' (``bitsandbytes``). Left out on purpose: writing them,
+and every other method, which is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from luthier.checkpoint import bitsandbytes
 from luthier.checkpoint.tensors import Stored, aligned
 from luthier.errors import UserError
 
@@ -40,18 +42,18 @@ def check(config: Mapping[str, Any], place: str) -> None:
         method = found.get("quant_method", "an unknown method")
         raise UserError(
             f"{place}: quantised with {method}, which cannot be read. Give the unquantised checkpoint "
-            f"(of the quantised kinds, {' and '.join(_READERS)} can be read)."
+            f"(of the quantised kinds, {', '.join(_READERS)} can be read)."
         )
 
 
 def as_floats(tensors: Mapping[str, Stored], config: Mapping[str, Any], place: Path) -> Mapping[str, Stored]:
-    """Return ``tensors`` with each quantised weight and its scales replaced by one bfloat16 tensor.
+    """Return ``tensors`` with each quantised weight and its scales replaced by one tensor of floats.
 
     The rest is untouched; values are computed when they are read. Raises UserError where scales are missing or do
     not fit.
     """
     found = settings(config)
-    return _READERS[found["quant_method"]](tensors, found, place) if found else tensors
+    return _READERS[found["quant_method"]](tensors, config, place) if found else tensors
 
 
 def without(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def without(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _read_fp8(tensors: Mapping[str, Stored], found: Mapping[str, Any], place: Path) -> dict[str, Stored]:
-    block = found.get("weight_block_size")
+def _read_fp8(tensors: Mapping[str, Stored], config: Mapping[str, Any], place: Path) -> dict[str, Stored]:
+    block = settings(config).get("weight_block_size")
     result = {}
     for name, tensor in tensors.items():
         if tensor.dtype in _FP8:
@@ -109,7 +111,7 @@ def _fp8_values(tensor: Stored, scale: Stored, grid: tuple[int, ...], block: tup
     return values
 
 
-def _read_mxfp4(tensors: Mapping[str, Stored], found: Mapping[str, Any], place: Path) -> dict[str, Stored]:
+def _read_mxfp4(tensors: Mapping[str, Stored], config: Mapping[str, Any], place: Path) -> dict[str, Stored]:
     result = {}
     for name, tensor in tensors.items():
         stem = name.removesuffix("_blocks")
@@ -140,4 +142,4 @@ def _mxfp4_values(blocks: Stored, scales: Stored, shape: tuple[int, ...]) -> np.
     return values
 
 
-_READERS = {"fp8": _read_fp8, "mxfp4": _read_mxfp4}
+_READERS = {"fp8": _read_fp8, "mxfp4": _read_mxfp4, "bitsandbytes": bitsandbytes.read}

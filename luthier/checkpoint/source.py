@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luthier.checkpoint import gguf, hub, maxtext_names, quantised, tensors
-from luthier.config import ModelKeys
+from luthier.config import SourceKeys
 from luthier.errors import UserError, did_you_mean
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ACCEPTED = "Give a Hugging Face folder, a hub id, a .gguf file or a Luthier run."
 
 
@@ -28,7 +29,8 @@ class Source:
 
     ``name`` is what a model card calls it, ``path`` its folder or ``.gguf`` file, ``config`` its ``config.json``,
     ``generation_config`` the file of that name where there is one, and ``hub_id`` is set where it came from the hub.
-    ``random`` has no tensors: its weights are to be initialised.
+    ``random`` has no tensors: its weights are to be initialised. ``adapter`` is the folder of the adapter, if any, that
+    is merged into the tensors as they are read.
     """
 
     kind: Literal["huggingface", "gguf", "random"]
@@ -38,13 +40,29 @@ class Source:
     hub_id: str = ""
     generation_config: dict[str, Any] | None = None
     token: str | None = field(default=None, repr=False)
+    adapter: Path | None = None
 
     @cached_property
     def tensors(self) -> Mapping[str, tensors.Stored]:
         """{Hugging Face name: tensor}, from the headers alone; a hub model's weights are fetched by the first look.
 
-        Raises UserError where they are missing, damaged or of a type that cannot be read.
+        Raises UserError where they are missing, damaged or of a type that cannot be read, or an adapter does not fit.
         """
+        return self._base if self.adapter is None else self._merged(exact=False)
+
+    @cached_property
+    def exact_tensors(self) -> Mapping[str, tensors.Stored]:
+        """``tensors``, with those that an adapter is merged into in the fp32 that they are merged in."""
+        return self._base if self.adapter is None else self._merged(exact=True)
+
+    def _merged(self, exact: bool) -> Mapping[str, tensors.Stored]:
+        from luthier.checkpoint import merging  # which needs jax
+
+        assert self.adapter is not None
+        return merging.merged(self._base, self.config, self.name, self.adapter, exact)
+
+    @cached_property
+    def _base(self) -> Mapping[str, tensors.Stored]:
         if self.kind == "random":
             return {}
         if self.kind == "gguf":
@@ -66,25 +84,61 @@ class Source:
         return self.text.get("max_position_embeddings")
 
 
-def resolve(keys: ModelKeys) -> Source:
+def resolve(keys: SourceKeys) -> Source:
     """Return the source that ``load_parameters_path`` names, by default ``model_name``.
+
+    An adapter is one too: its base, which ``model_name`` names or else its own config, with the adapter merged into it.
 
     Raises UserError where it is not there, has no config, or is of a kind that cannot be read.
     """
     random = keys.load_parameters_path == "random"
     name = keys.model_name if random or not keys.load_parameters_path else keys.load_parameters_path
     key = "model_name" if name == keys.model_name else "load_parameters_path"
-    source = _find(name, key, keys.hf_access_token)
+    source = _find(name, key, keys.hf_access_token, base="" if key == "model_name" else keys.model_name)
     if random:
         return replace(source, kind="random")
     return source
 
 
-def _find(name: str, key: str, token: str | None) -> Source:
+def merge(source: Source, path: str, token: str | None = None) -> Source:
+    """Return ``source`` with the adapter at ``path`` merged into it.
+
+    Raises UserError where there is none, or ``source`` has one already.
+    """
+    if source.adapter is not None:
+        raise UserError(
+            f"lora_path={path}: {source.name} is an adapter itself. Merge that one first (`luthier convert`), and give "
+            "the result as load_parameters_path."
+        )
+    return replace(source, adapter=adapter_folder(path, "lora_path", token))
+
+
+def adapter_folder(name: str, key: str, token: str | None = None) -> Path:
+    """Return the local folder of the adapter that ``name`` means: its own, a run that trained it, or a hub id's.
+
+    Raises UserError, of ``key``, where there is none.
+    """
+    path = Path(name).expanduser()
+    for folder in (path, path / "adapter"):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        there = f"no {ADAPTER_CONFIG} there" if path.exists() else "no such folder"
+        raise UserError(f"{key}={name}: {there}. Give a folder in PEFT's layout, a run that trained one, or a hub id.")
+    folder = hub.fetch(name, [*hub.SMALL_FILES, *hub.WEIGHT_FILES], token)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{key}={name}: has no {ADAPTER_CONFIG}, so it is no adapter in PEFT's layout.")
+    return folder
+
+
+def _find(name: str, key: str, token: str | None, base: str = "") -> Source:
+    """``base`` names the model of an adapter, by default the one in its config."""
     path = Path(name).expanduser()
     if path.is_file():
         return _file(path, name, key)
     if path.is_dir():
+        if _is_adapter(path) or (_is_adapter(path / "adapter") and not (path / "model" / "config.json").is_file()):
+            return _adapted(adapter_folder(name, key), name, key, token, base)
         return _folder(path, name, key)
     if re.match(r"\w+://", name):
         raise UserError(f"{key}={name}: buckets cannot be read yet. Copy it to a local folder first.")
@@ -95,7 +149,33 @@ def _find(name: str, key: str, token: str | None) -> Source:
         hint = did_you_mean(name, list(maxtext_names.HUB_IDS))
         raise UserError(f"{key}={name}: no such folder, and no model name known here.{hint} {_ACCEPTED}")
     folder = hub.fetch(hub_id, hub.SMALL_FILES, token)
+    if _is_adapter(folder):
+        return _adapted(adapter_folder(hub_id, key, token), hub_id, key, token, base)
     return replace(_hugging_face(folder, hub_id, f"{key}={name}"), hub_id=hub_id, token=token)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no whole model beside it."""
+    whole = (tensors.SINGLE, tensors.INDEX)
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in whole)
+
+
+def _adapted(folder: Path, name: str, key: str, token: str | None, base: str) -> Source:
+    """Return the base of the adapter in ``folder``, with that merged into it."""
+    named = base or _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+    if not named:
+        raise UserError(f"{key}={name}: its {ADAPTER_CONFIG} names no base. Set model_name to the model it adapts.")
+    beside = folder / named
+    try:
+        found = _find(str(beside) if beside.exists() else named, "model_name", token)
+    except UserError as error:
+        raise UserError(f"{key}={name}: an adapter of {named}, which cannot be read. {error}") from None
+    if found.adapter is not None:
+        raise UserError(
+            f"{key}={name}: an adapter of {named}, which is an adapter too. Merge that first (`luthier convert`), and "
+            "set model_name to the result."
+        )
+    return replace(found, name=name, adapter=folder)
 
 
 def _file(path: Path, name: str, key: str) -> Source:

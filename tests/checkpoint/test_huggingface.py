@@ -11,6 +11,7 @@ import pytest
 from folders import DTYPES, files_of_at_most, keys, one_device, random_tensors, spec_of, tiny_tokenizer, write_folder
 
 from luthier import mesh as mesh_lib
+from luthier.checkpoint import folder as whole
 from luthier.checkpoint import huggingface, tensors
 from luthier.checkpoint.card import model_card
 from luthier.checkpoint.source import resolve
@@ -218,7 +219,7 @@ def test_a_disk_too_small_for_the_weights_says_what_they_need(tmp_path):
 def test_an_old_model_is_put_back_where_the_new_one_cannot_be(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileNotFoundError):
-        huggingface._replace(tmp_path / "nowhere", tmp_path / "out")
+        whole._replace(tmp_path / "nowhere", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
