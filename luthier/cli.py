@@ -89,6 +89,12 @@ COMMANDS = {
             *("max_num_seqs", "max_target_length", "max_queue", "max_new_tokens", "temperature", "top_p"),
         ),
     ),
+    "convert": Command(
+        "[recipe.yml] key=value ...",
+        "Merge an adapter into its model; turn a Hugging Face folder into a GGUF file, and back.",
+        "luthier.commands.convert",
+        ("load_parameters_path", "model_name", "lora_path", "output_path", "output_format", "dtype", "gguf_type"),
+    ),
     "keys": Command("[command]", "List every key of a command: type, default, meaning.", "luthier.commands.keys"),
 }
 

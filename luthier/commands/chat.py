@@ -32,7 +32,9 @@ def run(config: ChatConfig) -> None:
         changes["decode_steps"] = _DECODE_STEPS
     config = config.model_copy(update=changes)
     others = [
-        config.model_copy(update={"load_parameters_path": path, "model_name": "", "tokenizer_path": ""})
+        config.model_copy(
+            update={"load_parameters_path": path, "model_name": "", "tokenizer_path": "", "lora_path": ""}
+        )
         for path in config.compare
     ]
     voices = [_open(each) for each in (config, *others)]

@@ -52,7 +52,7 @@ class Voice:
     @property
     def name(self) -> str:
         """What the model is called."""
-        return self.opened.source.name
+        return self.opened.name
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens that ask for a reply to ``messages``.

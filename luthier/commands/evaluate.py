@@ -50,9 +50,9 @@ def run(config: EvalConfig) -> None:
             results = evaluate_samples.evaluate(job, folder.open_(config), console)
         else:
             results = evaluate_text.evaluate(config, opened, rows, chosen, console)
-    results = {"model": opened.source.name, "dataset": rows.source} | results
+    results = {"model": opened.name, "dataset": rows.source} | results
     _write(folder.open_(config) / RESULTS, results)
-    display.table(console, f"{opened.source.name} on {rows.source}", dict(lines(results)))
+    display.table(console, f"{opened.name} on {rows.source}", dict(lines(results)))
     console.print(f"Written to {place}.")
 
 

@@ -232,7 +232,7 @@ def _header(console: Console, job: Job) -> None:
     lengths = [len(request.prompt) for request in job.requests]
     span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else lengths[0]
     lines = {
-        "model": f"{opened.source.name}, {display.quantity(param.count(opened.model.spec))} parameters, computed in "
+        "model": f"{opened.name}, {display.quantity(param.count(opened.model.spec))} parameters, computed in "
         f"{jnp.dtype(opened.compute.dtype).name} on {opened.mesh.size} x {opened.mesh.devices.flat[0].device_kind}",
         "prompts": f"{len(lengths)}, of {span} tokens; {_count(job.config.num_generations, 'completion')} of each",
         "sampling": f"temperature {chosen.temperature:g}, top_k {chosen.top_k}, top_p {chosen.top_p:g}, "

@@ -87,7 +87,7 @@ class LuthierLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """The name that the harness keeps requests under."""
-        return self.opened.source.name.replace("/", "__")
+        return self.opened.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return tokens, after BOS where the tokenizer puts one before texts and ``string`` does not begin with it."""

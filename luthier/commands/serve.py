@@ -1,10 +1,10 @@
-"""`luthier serve`: a model behind OpenAI's HTTP API.
+"""`luthier serve`: a model, and adapters over it, behind OpenAI's HTTP API.
 
 The address is bound before the model is loaded, so that a wrong one is refused at once, and answers only when the model
 is there. SIGINT and SIGTERM end the server: it takes nothing new, gives what runs ``PATIENCE`` seconds to finish, and
 tells the rest that it was stopped; a second signal ends it at once.
 
-Left out on purpose: several models or processes, TLS, logs of requests. A proxy in front does those.
+Left out on purpose: several bases or processes, TLS, logs of requests. A proxy in front does those.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luthier.config import ServeConfig
 from luthier.errors import UserError
@@ -26,6 +26,7 @@ from luthier.errors import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from luthier.checkpoint.source import Source
     from luthier.commands.server.job import Served
     from luthier.rollout.local import LocalEngine
 
@@ -92,7 +93,11 @@ def _load_and_serve(config: ServeConfig, listener: socket.socket) -> None:
     from luthier.data import chat
     from luthier.rollout import opened as opening
 
-    opened = opening.open_model(config)
+    def look(source: Source, tokenizer: Any) -> None:
+        if (name := _name(config, source)) in config.lora_modules:
+            raise UserError(f"lora_modules: the model itself is called `{name}`. Set served_model_name, or rename one.")
+
+    opened = opening.open_model(config, look, config.lora_modules)
     with mesh_lib.use(opened.mesh):
         engine = opening.open_engine(config, opened)
         size = engine.reserve()
@@ -100,7 +105,7 @@ def _load_and_serve(config: ServeConfig, listener: socket.socket) -> None:
         engine.warm_up()
     print(f"Up to {size.rows} completions at a time, each of up to {size.length} tokens with its prompt.")
     served = Served(
-        name=config.served_model_name or opened.source.hub_id or Path(opened.source.name).resolve().name,
+        name=_name(config, opened.source),
         created=int(time.time()),
         tokenizer=opened.tokenizer,
         rendering=chat.prompt_rendering(config, opened.tokenizer),
@@ -108,11 +113,19 @@ def _load_and_serve(config: ServeConfig, listener: socket.socket) -> None:
         vocab_size=opened.model.config.vocab_size,
         # As OpenAI has it, a reply without a bound goes on as long as there is room, to which the engine cuts this.
         reply_tokens=None if "max_new_tokens" in config.model_fields_set else size.length,
+        adapters=opened.adapters,
     )
     _listen(config, listener)
     code = asyncio.run(_serve(config, listener, served, engine, opened.mesh))
     if code:
         raise SystemExit(code)
+
+
+def _name(config: ServeConfig, source: Source) -> str:
+    """Return what requests call the model: with an adapter, that is the adapter's folder."""
+    place = config.lora_path or source.name
+    by_itself = Path(place).expanduser().resolve().name
+    return config.served_model_name or ("" if config.lora_path else source.hub_id) or by_itself
 
 
 async def _serve(config: ServeConfig, listener: socket.socket, served: Served, engine: LocalEngine, mesh: Mesh) -> int:
@@ -131,7 +144,8 @@ async def _serve(config: ServeConfig, listener: socket.socket, served: Served, e
         patience=PATIENCE,
     )
     with _signals(running.stop) as received:
-        print(f"Serving {served.name} at http://{host}:{listener.getsockname()[1]}/v1. Ctrl-C ends it.", flush=True)
+        address = f"http://{host}:{listener.getsockname()[1]}/v1"
+        print(f"Serving {', '.join(served.models)} at {address}. Ctrl-C ends it.", flush=True)
         await running.serve()
     return EXIT_CODES[received[0]]
 

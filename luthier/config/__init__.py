@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier import keys
+from luthier.config.convert import ConvertConfig
 from luthier.config.groups import (
     DataKeys,
     DatasetKeys,
@@ -21,11 +22,13 @@ from luthier.config.groups import (
     ProcessKeys,
     RunKeys,
     SampleKeys,
+    SourceKeys,
     SplitKeys,
     TemplateKeys,
     TrainKeys,
 )
 from luthier.config.inference import ChatConfig, EvalConfig, GenerateConfig, InferenceKeys, ServeConfig
+from luthier.config.lora import LoraKeys
 from luthier.config.rl import RlConfig
 from luthier.config.sft import SftConfig
 from luthier.keys import Keys, Row
@@ -37,17 +40,20 @@ COMMANDS: dict[str, type[Keys]] = {
     "chat": ChatConfig,
     "eval": EvalConfig,
     "serve": ServeConfig,
+    "convert": ConvertConfig,
 }
 
 __all__ = [
     "COMMANDS",
     "ChatConfig",
+    "ConvertConfig",
     "DataKeys",
     "DatasetKeys",
     "EngineKeys",
     "EvalConfig",
     "GenerateConfig",
     "InferenceKeys",
+    "LoraKeys",
     "MaskKeys",
     "ModelKeys",
     "ProcessKeys",
@@ -56,6 +62,7 @@ __all__ = [
     "SampleKeys",
     "ServeConfig",
     "SftConfig",
+    "SourceKeys",
     "SplitKeys",
     "TemplateKeys",
     "TrainKeys",

@@ -35,8 +35,8 @@ class RunKeys(ProcessKeys):
     profiler_steps: PositiveInt = key(3, "Steps that the trace covers.")
 
 
-class ModelKeys(Keys):
-    """Which model, in which numbers, on which mesh."""
+class SourceKeys(Keys):
+    """Which model."""
 
     model_name: str = key("", "Hub id, local folder or MaxText name of the model; says where to load from by itself.")
     load_parameters_path: str = key(
@@ -46,6 +46,11 @@ class ModelKeys(Keys):
     )
     tokenizer_path: str = key("", "Folder or hub id of the tokenizer. Default: the model's own.")
     hf_access_token: str | None = key(None, "Hub token. Default: the one that `hf auth login` stored.", repr=False)
+
+
+class ModelKeys(SourceKeys):
+    """In which numbers, on which mesh."""
+
     dtype: Literal["auto", "bfloat16", "float32"] = key(
         "auto", "Type of the computation; `auto`: bfloat16 where the platform has a fast bfloat16 matmul."
     )
@@ -240,7 +245,7 @@ class EngineKeys(Keys):
     decode_steps: PositiveInt = key(16, "Tokens sampled on the device between two looks of the host.")
 
 
-def check_model(config: ModelKeys) -> None:
+def check_model(config: SourceKeys) -> None:
     """Raise ValueError where no model is named."""
     if not config.model_name and not config.load_parameters_path:
         raise ValueError("no model: set model_name=... or load_parameters_path=... (a folder, hub id or .gguf)")

@@ -18,11 +18,20 @@ from luthier.config.groups import (
     TemplateKeys,
     check_model,
 )
+from luthier.config.lora import QuantisationKeys
 from luthier.keys import key
 
 
-class InferenceKeys(SampleKeys, EngineKeys, TemplateKeys, ModelKeys, ProcessKeys):
+class InferenceKeys(SampleKeys, EngineKeys, TemplateKeys, QuantisationKeys, ModelKeys, ProcessKeys):
     """What the commands that sample share."""
+
+    lora_path: str = key(
+        "",
+        "Adapter to sample with: a folder in PEFT's layout, or a run that trained one. The weights stay as they are; "
+        "`luthier convert` merges it into them.",
+        "lora_restore_path",
+        "lora.lora_restore_path",
+    )
 
     @model_validator(mode="after")
     def _check_inference(self) -> Self:
@@ -118,7 +127,13 @@ class ServeConfig(InferenceKeys):
         None, "Key that requests must bring (`Authorization: Bearer ...`); best set as LUTHIER_API_KEY.", repr=False
     )
     served_model_name: str = key(
-        "", "What requests call the model. Default: its hub id, or the name of its folder or file."
+        "",
+        "What requests call the model. Default: the name of `lora_path`'s folder, else its hub id, or the name of its "
+        "folder or file.",
+    )
+    lora_modules: dict[str, str] = key(
+        {},
+        "Adapters to serve beside the model, `{name: path}`: each is a model of its own to requests, by its name.",
     )
     max_queue: PositiveInt = key(256, "Completions that may wait to begin; requests for more get status 429.")
 
@@ -129,6 +144,10 @@ class ServeConfig(InferenceKeys):
                 f"host={self.host} can be reached by other machines: set api_key (best as LUTHIER_API_KEY in the "
                 "environment), or host=127.0.0.1"
             )
+        if self.lora_path and self.lora_modules:
+            raise ValueError("lora_path and lora_modules are both set: give the adapter of lora_path a name among them")
+        if "" in self.lora_modules or self.served_model_name in self.lora_modules:
+            raise ValueError(f"lora_modules={self.lora_modules}: each needs a name of its own, other than the model's")
         return self
 
 

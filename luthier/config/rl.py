@@ -19,6 +19,7 @@ from luthier.config.groups import (
     check_model,
     check_training,
 )
+from luthier.config.lora import LoraKeys, check_adapter
 from luthier.keys import Keys, key
 
 GSM8K = "openai/gsm8k"
@@ -128,7 +129,9 @@ class RolloutKeys(Keys):
     pass_threshold: float = key(1.0, "Reward from which a completion passes.")
 
 
-class RlConfig(PolicyKeys, RewardKeys, RolloutKeys, SampleKeys, EngineKeys, TrainKeys, SplitKeys, ModelKeys, RunKeys):
+class RlConfig(
+    PolicyKeys, RewardKeys, RolloutKeys, SampleKeys, EngineKeys, LoraKeys, TrainKeys, SplitKeys, ModelKeys, RunKeys
+):
     """The keys of `luthier rl`."""
 
     run_name: str = key("rl", "Name of the run: its folder under `base_output_directory`.", min_length=1)
@@ -174,7 +177,8 @@ class RlConfig(PolicyKeys, RewardKeys, RolloutKeys, SampleKeys, EngineKeys, Trai
     def _check(self) -> Self:
         check_model(self)
         check_training(self)
-        for message in (_groups(self), _lengths(self), _devices(self), _rewards(self)):
+        check_adapter(self)
+        for message in (_groups(self), _lengths(self), _devices(self), _rewards(self), _dropout(self)):
             if message:
                 raise ValueError(message)
         return self
@@ -230,6 +234,15 @@ def _devices(config: RlConfig) -> str | None:
         return (
             f"sampler_devices_fraction={shares[0]} and trainer_devices_fraction={shares[1]}: both must be over 0, and "
             "together at most 1"
+        )
+    return None
+
+
+def _dropout(config: RlConfig) -> str | None:
+    if config.lora_dropout:
+        return (
+            f"lora_dropout={config.lora_dropout}: what is sampled without dropout would be scored with it, and the "
+            "policy be held against another: leave it out"
         )
     return None
 

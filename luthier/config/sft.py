@@ -7,10 +7,11 @@ from typing import Self
 from pydantic import model_validator
 
 from luthier.config.groups import DataKeys, ModelKeys, PositiveInt, RunKeys, TrainKeys, check_model, check_training
+from luthier.config.lora import LoraKeys, check_adapter
 from luthier.keys import key
 
 
-class SftConfig(TrainKeys, DataKeys, ModelKeys, RunKeys):
+class SftConfig(LoraKeys, TrainKeys, DataKeys, ModelKeys, RunKeys):
     """The keys of `luthier sft`."""
 
     gradient_accumulation_steps: PositiveInt = key(1, "Micro-batches in a step.")
@@ -22,6 +23,7 @@ class SftConfig(TrainKeys, DataKeys, ModelKeys, RunKeys):
         if not self.hf_path:
             raise ValueError("no dataset: set hf_path=... (a hub id, a saved folder or files)")
         check_training(self)
+        check_adapter(self)
         if self.eval_steps == 0:
             raise ValueError("eval_steps=0: give a number of batches, or -1 for all of them")
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from luthier.errors import UserError
+from collections.abc import Collection
+
+from luthier.errors import UserError, did_you_mean
 from luthier.model.model import Model
 from luthier.rollout.engine import Request, Sampling
 
@@ -10,8 +12,13 @@ MOST_ALTERNATIVES = 20
 COLDEST, HOTTEST = 1e-6, 1e3  # beyond these, fp32 gives infinities or a uniform draw
 
 
-def check(request: Request, vocab_size: int, length: int | None, reads_text: bool) -> None:
+def check(
+    request: Request, vocab_size: int, length: int | None, reads_text: bool, adapters: Collection[str] = ()
+) -> None:
     """Raise UserError where a model of ``vocab_size`` and ``length`` tokens of context cannot serve a request."""
+    if request.adapter and request.adapter not in adapters:
+        hint = did_you_mean(request.adapter, list(adapters)) or " Leave it out: there is none."
+        raise UserError(f"adapter={request.adapter}: the engine has no adapter of that name.{hint}")
     if request.samples < 1:
         raise UserError(f"samples={request.samples}: at least one completion must be asked for.")
     if len(request.prompt) == 0:

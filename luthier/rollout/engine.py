@@ -44,11 +44,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how many completions of it are wanted."""
+    """A prompt and how many completions of it are wanted, of which of the engine's ``adapter``s ("": of none)."""
 
     prompt: Sequence[int]
     samples: int = 1
     sampling: Sampling = field(default_factory=Sampling)
+    adapter: str = ""
 
 
 class Alternatives(NamedTuple):

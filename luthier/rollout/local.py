@@ -16,7 +16,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,12 @@ from jax.sharding import Mesh
 from luthier import mesh as mesh_lib
 from luthier.config import EngineKeys
 from luthier.errors import UserError
-from luthier.model import cache
+from luthier.model import cache, lora
 from luthier.model.cache import Cache
 from luthier.model.compute import Compute
+from luthier.model.lora import Lora
 from luthier.model.model import Model
-from luthier.model.param import Tree
+from luthier.model.param import Param, Tree, map_spec
 from luthier.rollout import checks, programs
 from luthier.rollout.engine import Completion, Piece, Request
 from luthier.rollout.plan import Limits, Size, bucket, buckets
@@ -42,6 +43,19 @@ from luthier.rollout.slots import Placement, Slots
 STOP_TOKENS = (8, 80)  # stop tokens of a sequence, filled up to one of these, or to a multiple of the last
 NOTHING = Size(0, 0)
 BUSY = "the engine is busy with other requests: take their completions first"
+
+
+class Unread(NamedTuple):
+    """Tokens of a prompt that are to be read into ``row`` after the ``start`` that it has, by an adapter's number."""
+
+    row: int
+    tokens_T: np.ndarray
+    start: int
+    adapter: int
+
+    def after(self, count: int) -> Unread:
+        """Return what is left when ``count`` of them are read."""
+        return self._replace(tokens_T=self.tokens_T[count:], start=self.start + count)
 
 
 class LocalEngine:
@@ -59,12 +73,14 @@ class LocalEngine:
         context_length: int | None = None,
         seed: int = 0,
         version: int = 0,
+        adapters: Sequence[str] = (),
         record_routes: bool = False,
     ) -> None:
         """Take a model; the cache is made when it is known what is wanted of it, or by ``reserve``.
 
         ``tokenizer`` finds stop texts; ``context_length`` is how many tokens the model was made for, None for any.
-        ``version`` is that of the weights, as in ``sync``. With ``record_routes``, completions say to which experts
+        ``version`` is that of the weights, as in ``sync``. ``adapters`` are the names of those in the weights, where
+        they came from ``adapters.together``, in its order. With ``record_routes``, completions say to which experts
         their tokens were sent.
 
         Raises UserError where that is to be recorded of a model without experts.
@@ -76,6 +92,7 @@ class LocalEngine:
         self._lines = {**model.cache_lines, **(model.routes_line if record_routes else {})}
         self.limits = Limits(keys, context_length, self._lines, dtype, mesh)
         self.tokenizer = tokenizer
+        self._adapters = {name: number for number, name in enumerate(("", *adapters))}
         self._model, self._compute, self._keys, self._mesh, self._seed = model, compute, keys, mesh, seed
         self._queue: deque[Drawing] = deque()
         self._cancelled: list[Drawing] = []
@@ -90,7 +107,8 @@ class LocalEngine:
         type than the engine computes in are cast, as each use of them in training casts them; all else is used where it
         lies, not copied.
         """
-        self._params, self._version = _cast(params, self._model, self._compute.dtype), version
+        params = _cast(params, self._model, self._compute.dtype)
+        self._params, self._version = lora.settled(self._model.spec, params), version
         self.forget()
 
     def forget(self) -> None:
@@ -152,7 +170,9 @@ class LocalEngine:
 
     def check(self, request: Request) -> None:
         """Raise UserError where a request cannot be served."""
-        checks.check(request, self._model.config.vocab_size, self.limits.length, self.tokenizer is not None)
+        checks.check(
+            request, self._model.config.vocab_size, self.limits.length, self.tokenizer is not None, self._adapters
+        )
 
     def generate(
         self, requests: Sequence[Request], on_piece: Callable[[Piece], None] | None = None
@@ -186,12 +206,12 @@ class LocalEngine:
         named = [0, self._seed, number] if sampling.seed is None else [1, sampling.seed]
         words = [word for value in named for word in (value % 2**32, value >> 32)]
         prompt_T = np.asarray(request.prompt, np.int32)
-        drawings = []
+        drawings, adapter = [], self._adapters[request.adapter]
         for sample in range(request.samples):
             key_2 = np.random.SeedSequence([sample, *words]).generate_state(2)
             watch = StopTexts(self.tokenizer, sampling.stop) if sampling.stop else None
             limit = min(sampling.max_new_tokens, size.length - len(prompt_T))
-            drawings.append(Drawing(number, sample, prompt_T, sampling, limit, key_2, watch))
+            drawings.append(Drawing(number, sample, prompt_T, sampling, limit, key_2, adapter, watch))
         if first:
             self._queue.extendleft(reversed(drawings))
         else:
@@ -262,7 +282,7 @@ class LocalEngine:
         """Give sequences their rows, and read in waves: what copies from a row waits until that is read."""
         wave: list[tuple[Placement, Drawing]] = []
         for drawing in let_in:
-            placement = self._slots.place(drawing, drawing.prompt_T[:-1])
+            placement = self._slots.place(drawing, drawing.prompt_T[:-1], drawing.adapter)
             if placement.source in [other.row for other, _ in wave]:
                 self._read(wave)
                 wave = []
@@ -272,21 +292,21 @@ class LocalEngine:
     def _read(self, wave: list[tuple[Placement, Drawing]]) -> None:
         """Bring prompts into their rows, but for their last token, which is the first that is decoded."""
         self._copy([(place.source, place.row) for place, _ in wave if place.source != place.row])
-        left = [(place.row, drawing.prompt_T[place.kept : -1], place.kept) for place, drawing in wave]
-        left = [item for item in left if len(item[1])]
+        left = [
+            Unread(place.row, drawing.prompt_T[place.kept : -1], place.kept, drawing.adapter) for place, drawing in wave
+        ]
+        left = [item for item in left if len(item.tokens_T)]
         while left:
-            left.sort(key=lambda item: len(item[1]), reverse=True)
-            length = self._prompt_bucket(left[0][1])
+            left.sort(key=lambda item: len(item.tokens_T), reverse=True)
+            length = self._prompt_bucket(left[0].tokens_T)
             together = self._together(length)
-            alike = [item for item in left if self._prompt_bucket(item[1]) == length][:together]
+            alike = [item for item in left if self._prompt_bucket(item.tokens_T) == length][:together]
             if len(alike) == 2:  # one after the other is sooner done than padded to more
                 alike = alike[:1]
             self._prefill(alike, length, bucket(buckets(together), len(alike)))
-            done = {row for row, _, _ in alike}
-            left = [item for item in left if item[0] not in done]
-            left += [
-                (row, tokens_T[length:], start + length) for row, tokens_T, start in alike if len(tokens_T) > length
-            ]
+            done = {item.row for item in alike}
+            left = [item for item in left if item.row not in done]
+            left += [item.after(length) for item in alike if len(item.tokens_T) > length]
 
     @property
     def _prompt_buckets(self) -> tuple[int, ...]:
@@ -301,14 +321,14 @@ class LocalEngine:
         """Return how many prompts of a length are read at a time."""
         return min(self._keys.prefill_chunk_length // length, self._size.rows)
 
-    def _prefill(self, items: list[tuple[int, np.ndarray, int]], length: int, together: int) -> None:
+    def _prefill(self, items: list[Unread], length: int, together: int) -> None:
         tokens_PT = np.zeros((together, length), np.int32)
-        rows_P, lengths_P, counts_P = (np.zeros(together, np.int32) for _ in range(3))
-        for p, (row, tokens_T, start) in enumerate(items):
-            count = min(length, len(tokens_T))
-            tokens_PT[p, :count] = tokens_T[:count]
-            rows_P[p], lengths_P[p], counts_P[p] = row, start, count
-        arrays = (tokens_PT, rows_P, lengths_P, counts_P)
+        rows_P, lengths_P, counts_P, adapters_P = (np.zeros(together, np.int32) for _ in range(4))
+        for p, item in enumerate(items):
+            count = min(length, len(item.tokens_T))
+            tokens_PT[p, :count] = item.tokens_T[:count]
+            rows_P[p], lengths_P[p], counts_P[p], adapters_P[p] = item.row, item.start, count, item.adapter
+        arrays = (tokens_PT, rows_P, lengths_P, counts_P, adapters_P)
         self._stored = programs.prefill(self._params, self._stored, *arrays, model=self._model, compute=self._compute)
 
     def _copy(self, pairs: list[tuple[int, int]]) -> None:
@@ -369,14 +389,14 @@ class LocalEngine:
         """Return the state of the first ``size`` rows as arrays."""
         stops = max((len(drawing.sampling.stop_token_ids) for _, drawing in under_way), default=0)
         width = next((width for width in STOP_TOKENS if width >= stops), -(-stops // STOP_TOKENS[-1]) * STOP_TOKENS[-1])
-        tokens_B, lengths_B, drawn_B, limits_B, top_k_B = (np.zeros(size, np.int32) for _ in range(5))
+        tokens_B, lengths_B, drawn_B, limits_B, adapters_B, top_k_B = (np.zeros(size, np.int32) for _ in range(6))
         temperature_B, top_p_B, min_p_B = np.ones((3, size), np.float32)
         live_B, key_B2 = np.zeros(size, bool), np.zeros((size, 2), np.uint32)
         stops_BE = np.full((size, width), programs.NO_TOKEN, np.int32)
         for row, drawing in under_way:
             how, live_B[row] = drawing.sampling, True
             tokens_B[row], drawn_B[row], limits_B[row] = drawing.last_token, drawing.drawn, drawing.limit
-            lengths_B[row] = drawing.read
+            lengths_B[row], adapters_B[row] = drawing.read, drawing.adapter
             temperature_B[row], top_k_B[row], top_p_B[row], min_p_B[row] = (
                 how.temperature,
                 how.top_k,
@@ -386,14 +406,21 @@ class LocalEngine:
             key_B2[row] = drawing.key_2
             stops_BE[row, : len(how.stop_token_ids)] = how.stop_token_ids
         settings = Settings(temperature_B, top_k_B, top_p_B, min_p_B, key_B2)
-        return programs.Rows(tokens_B, lengths_B, drawn_B, limits_B, live_B, stops_BE, settings)
+        return programs.Rows(tokens_B, lengths_B, drawn_B, limits_B, live_B, stops_BE, adapters_B, settings)
 
 
 def _cast(params: Tree, model: Model, dtype: Any) -> Tree:
-    """Return the weights with matrices in ``dtype``: vectors and routers are computed with as they are."""
+    """Return the weights with matrices in ``dtype``: vectors and routers are computed with as they are.
 
-    def cast(weight: jax.Array, declared: Any) -> jax.Array:
+    So are adapters, which each use casts as in training, and what is quantised.
+    """
+
+    def cast(declared: Param, weight: Any) -> Any:
+        if isinstance(weight, Lora):
+            return replace(weight, base=cast(declared, weight.base))
+        if not isinstance(weight, jax.Array):
+            return weight
         matrix = len(declared.slice_shape) > 1 and "router" not in declared.axes
         return weight.astype(dtype) if matrix and weight.dtype != dtype else weight
 
-    return jax.tree.map(cast, params, model.spec)
+    return map_spec(cast, model.spec, params)

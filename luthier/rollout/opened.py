@@ -5,9 +5,10 @@ Left out on purpose: training's way to the same weights (``train.job``), which h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,15 @@ from jax.sharding import Mesh
 
 from luthier import mesh as mesh_lib
 from luthier import runtime
-from luthier.checkpoint import huggingface, source, tokenizer
+from luthier.checkpoint import huggingface, peft, placing, source, tokenizer
 from luthier.checkpoint.source import Source
 from luthier.config import InferenceKeys, SampleKeys
-from luthier.model import param
+from luthier.model import lora, param
 from luthier.model.compute import Compute, fast_dtype
+from luthier.model.lora import Adapter
 from luthier.model.model import Model
 from luthier.model.param import Tree
+from luthier.rollout import adapters
 from luthier.rollout.engine import Sampling
 from luthier.rollout.local import LocalEngine
 
@@ -43,32 +46,64 @@ class Described:
 
 @dataclass(frozen=True)
 class Opened(Described):
-    """A model with its weights (in the type that it computes in) on a mesh."""
+    """A model with its weights (in the type that it computes in) on a mesh.
+
+    ``adapter`` is the place of the one that is in every request, ``adapters`` the names of those that requests choose
+    from; ``quantization`` is the kind of the base's weights, "" where they are floats.
+    """
 
     params: Tree
     mesh: Mesh
     compute: Compute
+    adapter: str = ""
+    adapters: tuple[str, ...] = ()
+    quantization: str = ""
+
+    @property
+    def name(self) -> str:
+        """What is sampled from, in words."""
+        kind = f" ({self.quantization})" if self.quantization else ""
+        return f"{self.source.name}{kind}" + (f" with {self.adapter}" if self.adapter else "")
 
 
-def open_model(keys: InferenceKeys, look: Callable[[Source, Any], None] | None = None) -> Opened:
+class Named(NamedTuple):
+    """An adapter's folder, and what it is."""
+
+    folder: Path
+    adapter: Adapter
+
+
+def open_model(
+    keys: InferenceKeys,
+    look: Callable[[Source, Any], None] | None = None,
+    modules: Mapping[str, str] | None = None,
+) -> Opened:
     """Read what ``keys`` name. The mesh is to be put in use (``mesh.use``) around all that computes with it.
 
     ``look`` is given the source and the tokenizer before weights are read, to refuse in time what does not suit them.
-    Raises UserError for what is not there or does not fit together.
+    ``modules`` are adapters to choose from by request, {name: path}. Raises UserError for what is not there or does not
+    fit together.
     """
     place = source.resolve(keys)
     model = Model.from_hf(place.config, place.name)
+    alone, several = _adapters(keys, model, modules or {})
     runtime.start(keys)
     mesh = mesh_lib.make(keys)
     with mesh_lib.use(mesh):
         dtype = fast_dtype() if keys.dtype == "auto" else jnp.dtype(keys.dtype)
         param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
         model.check_kernel(keys.attention, dtype)
-        words = tokenizer.load(place, keys.tokenizer_path, keys.hf_access_token)
+        words = tokenizer.load(place, keys.tokenizer_path or _own_tokenizer(alone), keys.hf_access_token)
         if look is not None:
             look(place, words)
         params = _params(keys, place, model, dtype, mesh)
-    return Opened(place, model, words, params, mesh, Compute(dtype, keys.attention))
+        if alone is not None:
+            params = lora.attach(model.spec, params, *_loaded(alone, model, mesh))
+        if several:
+            loaded = {name: _loaded(named, model, mesh) for name, named in several.items()}
+            params = adapters.together(model.spec, params, loaded)
+    compute = Compute(dtype, keys.attention)
+    return Opened(place, model, words, params, mesh, compute, keys.lora_path, tuple(several), keys.quantization)
 
 
 def open_engine(keys: InferenceKeys, opened: Opened) -> LocalEngine:
@@ -82,6 +117,7 @@ def open_engine(keys: InferenceKeys, opened: Opened) -> LocalEngine:
         tokenizer=opened.tokenizer,
         context_length=opened.context_length,
         seed=keys.seed,
+        adapters=opened.adapters,
     )
 
 
@@ -119,8 +155,31 @@ def sampling(keys: SampleKeys, of: Described) -> Sampling:
     )
 
 
+def _adapters(keys: InferenceKeys, model: Model, modules: Mapping[str, str]) -> tuple[Named | None, dict[str, Named]]:
+    """Return the adapter of ``lora_path`` and those of ``modules``, of which nothing but their settings is read yet."""
+
+    def read(path: str, key: str) -> Named:
+        folder = source.adapter_folder(path, key, keys.hf_access_token)
+        named = Named(folder, peft.read_config(folder))
+        lora.units(model.spec, named.adapter)  # raises where the model has not what it adapts
+        return named
+
+    several = {name: read(path, f"lora_modules: {name}") for name, path in modules.items()}
+    adapters.check(model.spec, {name: named.adapter for name, named in several.items()})
+    return read(keys.lora_path, "lora_path") if keys.lora_path else None, several
+
+
+def _own_tokenizer(alone: Named | None) -> str:
+    """Return the folder of an adapter that was saved with its tokenizer, and so with the template it was trained by."""
+    found = alone is not None and (alone.folder / tokenizer.CONFIG).is_file()
+    return str(alone.folder) if alone is not None and found else ""
+
+
+def _loaded(named: Named, model: Model, mesh: Mesh) -> tuple[Adapter, Tree]:
+    return named.adapter, peft.load(named.folder, lora.spec(model.spec, named.adapter), mesh)
+
+
 def _params(keys: InferenceKeys, place: Source, model: Model, dtype: Any, mesh: Mesh) -> Tree:
     if place.kind == "random":
-        return param.initialise(model.spec, jax.random.key(keys.seed), dtype, mesh)
-    huggingface.check(place, model.spec, model.config.ignored)
-    return huggingface.load(place, model.spec, dtype, mesh, model.config.ignored)
+        return placing.random(model.spec, jax.random.key(keys.seed), keys.quantization, dtype, mesh)
+    return huggingface.load(place, model.spec, dtype, mesh, model.config.ignored, keys.quantization)

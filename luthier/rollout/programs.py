@@ -18,6 +18,7 @@ from luthier.model.cache import Cache, Past
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.model.param import Tree
+from luthier.rollout.adapters import gated
 from luthier.rollout.sampling import Settings, draw, likeliest
 from luthier.types import Array
 
@@ -31,7 +32,8 @@ class Rows:
 
     ``tokens_B`` is the last token of each sequence, which is not in the cache yet; ``lengths_B`` counts those that
     are, ``drawn_B`` the tokens of the completion so far and ``limits_B`` how many there may be. ``stops_BE`` are the
-    tokens that end it, filled up with ``NO_TOKEN``; ``live_B`` is whether it goes on.
+    tokens that end it, filled up with ``NO_TOKEN``; ``live_B`` is whether it goes on, ``adapters_B`` the number of its
+    adapter.
     """
 
     tokens_B: Array
@@ -40,6 +42,7 @@ class Rows:
     limits_B: Array
     live_B: Array
     stops_BE: Array
+    adapters_B: Array
     settings: Settings
 
 
@@ -66,13 +69,17 @@ def prefill(
     rows_P: Array,
     lengths_P: Array,
     counts_P: Array,
+    adapters_P: Array,
     *,
     model: Model,
     compute: Compute,
 ) -> Cache:
-    """Read the first ``counts_P[p]`` of each row of tokens into cache row ``rows_P[p]``, after its ``lengths_P[p]``."""
+    """Read the first ``counts_P[p]`` of each row of tokens into cache row ``rows_P[p]``, after its ``lengths_P[p]``.
+
+    ``adapters_P`` are the numbers of the adapters that read, see ``adapters.gated``.
+    """
     with compute.precision():
-        return model.extend(params, tokens_PT, Past(stored, lengths_P, rows_P), counts_P, compute)[1]
+        return model.extend(gated(params, adapters_P), tokens_PT, Past(stored, lengths_P, rows_P), counts_P, compute)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "compute", "steps", "alternatives"), donate_argnames=("stored",))
@@ -91,7 +98,7 @@ def decode(
 
     It ends sooner where none is alive any more or, if ``impatient``, where one has come to its end.
     """
-    B = rows.tokens_B.shape[0]
+    B, params = rows.tokens_B.shape[0], gated(params, rows.adapters_B)
     empty = Chunk(
         *(jnp.zeros((B, steps), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)),
         *(jnp.zeros((B, steps, alternatives), dtype) for dtype in (jnp.int32, jnp.float32)),

@@ -18,7 +18,8 @@ from luthier.rollout.engine import Alternatives, Completion, Finish, Piece, Samp
 class Sequence:
     """One sample of a request: its prompt, how it is drawn, the data of its random key, and the pieces so far.
 
-    ``limit`` is how many tokens it may have, ``drawn`` how many it has.
+    ``limit`` is how many tokens it may have, ``drawn`` how many it has; ``adapter`` is the number of its adapter, 0 for
+    none.
     """
 
     request: int
@@ -27,6 +28,7 @@ class Sequence:
     sampling: Sampling
     limit: int
     key_2: np.ndarray
+    adapter: int = 0
     watch: StopTexts | None = None
     pieces: list[Piece] = field(default_factory=list)
     drawn: int = 0

@@ -2,7 +2,8 @@
 
 A row keeps what was read into it after its sequence has ended. A prompt that begins with those tokens starts from a
 copy: so the samples of a prompt share its reading, and the next turn of a conversation goes on where the last ended,
-unless another sequence took the row in between: the first free row is taken, since low rows make small programs.
+unless another sequence took the row in between: the first free row is taken, since low rows make small programs. What
+another adapter has read is never begun from: its keys and values are others.
 
 Left out on purpose: the cache itself, which the programs hold.
 """
@@ -32,19 +33,21 @@ class Placement(NamedTuple):
 class Slots(Generic[S]):
     """``sequences[r]`` is what row r works on, None where it is free.
 
-    ``tokens_RS`` are the tokens that rows hold, ``held_R`` how many (-1: not to be gone by), ``ring`` the slots of the
-    shortest line of the cache.
+    ``tokens_RS`` are the tokens that rows hold, ``held_R`` how many (-1: not to be gone by) and ``adapter_R`` the
+    number of the adapter that read them; ``ring`` is the slots of the shortest line of the cache.
     """
 
     sequences: list[S | None]
     tokens_RS: np.ndarray
     held_R: np.ndarray
+    adapter_R: np.ndarray
     ring: int
 
     @classmethod
     def empty(cls, rows: int, length: int, ring: int) -> Slots[S]:
         """Return the record of an empty cache of ``rows`` sequences of ``length`` tokens."""
-        return cls([None] * rows, np.zeros((rows, length), np.int32), np.zeros(rows, np.int64), ring)
+        held_R, adapter_R = np.zeros((2, rows), np.int64)
+        return cls([None] * rows, np.zeros((rows, length), np.int32), held_R, adapter_R, ring)
 
     @property
     def free(self) -> list[int]:
@@ -60,16 +63,16 @@ class Slots(Generic[S]):
         """Yield (row, sequence) of the rows that have one."""
         return ((row, sequence) for row, sequence in enumerate(self.sequences) if sequence is not None)
 
-    def place(self, sequence: S, tokens_T: np.ndarray) -> Placement:
+    def place(self, sequence: S, tokens_T: np.ndarray, adapter: int = 0) -> Placement:
         """Give ``sequence`` a free row that is to hold ``tokens_T``, and say what of them is there already."""
-        source, kept = self._longest_prefix(tokens_T)
+        source, kept = self._longest_prefix(tokens_T, adapter)
         free = self.free
         row = source if kept and source in free else free[0]
         if row != source and kept < min(WORTH_COPYING, len(tokens_T)):
             kept = 0
         self.sequences[row] = sequence
         self.tokens_RS[row, : len(tokens_T)] = tokens_T
-        self.held_R[row] = len(tokens_T)
+        self.held_R[row], self.adapter_R[row] = len(tokens_T), adapter
         return Placement(row, source if kept else row, kept)
 
     def append(self, row: int, tokens_T: np.ndarray) -> None:
@@ -82,16 +85,17 @@ class Slots(Generic[S]):
     def move(self, source: int, target: int) -> None:
         """Note that a sequence, and what its row holds, was copied to a free row."""
         self.sequences[target], self.sequences[source] = self.sequences[source], None
-        self.tokens_RS[target], self.held_R[target] = self.tokens_RS[source], self.held_R[source]
+        for record in (self.tokens_RS, self.held_R, self.adapter_R):
+            record[target] = record[source]
 
     def forget(self) -> None:
         """Note that no row holds what these weights would have put there; sequences that are under way go on."""
         self.held_R[:] = [0 if sequence is None else -1 for sequence in self.sequences]
 
-    def _longest_prefix(self, tokens_T: np.ndarray) -> tuple[int, int]:
+    def _longest_prefix(self, tokens_T: np.ndarray, adapter: int) -> tuple[int, int]:
         """Return the row that begins with most of the tokens (free rows and then the first preferred), and how many."""
         same_RT = self.tokens_RS[:, : len(tokens_T)] == tokens_T
-        same_RT &= np.arange(len(tokens_T)) < self.held_R[:, None]
+        same_RT &= np.arange(len(tokens_T)) < np.where(self.adapter_R == adapter, self.held_R, 0)[:, None]
         common_R = (
             np.where(same_RT.all(axis=1), len(tokens_T), same_RT.argmin(axis=1)) if len(tokens_T) else self.held_R * 0
         )

@@ -21,10 +21,11 @@ from luthier import mesh
 from luthier.commands.server.job import Served, read_chat, read_completion
 from luthier.config import EngineKeys, ModelKeys
 from luthier.data.chat import Rendering
-from luthier.model import param
+from luthier.model import lora, param
 from luthier.model.compute import Compute
+from luthier.model.lora import Adapter
 from luthier.model.model import Model
-from luthier.rollout import text
+from luthier.rollout import adapters, text
 from luthier.rollout.engine import Completion, Request, Sampling
 from luthier.rollout.local import LocalEngine
 from luthier.types import Batch
@@ -72,6 +73,53 @@ def here() -> Iterator[Here]:
 
 def ids(words: str) -> list[int]:
     return text.encode_text(SERVED.tokenizer, words)
+
+
+@pytest.fixture(scope="module")
+def adapted(here: Here) -> Iterator[tuple[openai.OpenAI, dict[str, Any]]]:
+    """A client of a server with adapters, and each model's weights."""
+    weights = {"tiny/model": here.params}
+    with mesh.use(here.mesh):
+        chosen = {name: Adapter(rank=rank, alpha=8) for name, rank in (("loud", 2), ("quiet", 3))}
+        trees = {name: tiny.random_params(lora.spec(MODEL.spec, each), each.rank) for name, each in chosen.items()}
+        weights |= {name: lora.attach(MODEL.spec, here.params, each, trees[name]) for name, each in chosen.items()}
+        together = adapters.together(MODEL.spec, here.params, {name: (chosen[name], trees[name]) for name in chosen})
+        engine = LocalEngine(MODEL, together, Compute(), here.mesh, KEYS, adapters=list(chosen))
+    with serving(replace(SERVED, adapters=tuple(chosen)), engine, here.mesh) as running, running.client() as client:
+        yield client, weights
+
+
+def test_adapters_are_models_of_their_own(here: Here, adapted: Any) -> None:
+    client, weights = adapted
+    listed = client.models.list().data
+    assert [model.id for model in listed] == list(weights)
+    assert [(model.model_extra or {}).get("parent") for model in listed] == [None, "tiny/model", "tiny/model"]
+    assert client.models.retrieve("quiet") == listed[2]
+
+    def ask(model: str) -> Any:
+        return client.completions.create(model=model, prompt="hello", temperature=0)
+
+    with ThreadPoolExecutor(3) as pool:
+        answers = dict(zip(weights, pool.map(ask, weights), strict=True))
+    assert len({answer.choices[0].text for answer in answers.values()}) == 3
+    for name in ("tiny/model", "loud"):
+        answer = answers[name]
+        (expected,) = replace(here, params=weights[name]).expected(ids("hello"), temperature=0)
+        assert (answer.model, answer.choices[0].text) == (name, here.decoded(expected, ids("hello")))
+
+
+def test_an_adapter_answers_a_chat(here: Here, adapted: Any) -> None:
+    client, weights = adapted
+    answer = client.chat.completions.create(model="loud", messages=HI, seed=5)
+    prompt = text.encode(SERVED.tokenizer, SERVED.rendering, HI)
+    (expected,) = replace(here, params=weights["loud"]).expected(prompt)
+    assert (answer.model, answer.choices[0].message.content) == ("loud", here.decoded(expected))
+
+
+def test_a_model_that_is_not_served_is_told_which_are(adapted: Any) -> None:
+    for ask in (adapted[0].models.retrieve, lambda name: adapted[0].completions.create(model=name, prompt="a")):
+        with pytest.raises(openai.NotFoundError, match=r"`other` is not .* `tiny/model`, `loud` and `quiet` are"):
+            ask("other")
 
 
 def test_models(here: Here) -> None:

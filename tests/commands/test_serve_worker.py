@@ -320,7 +320,7 @@ def test_a_connection_that_says_nothing_does_not_hold_the_end_up() -> None:
 
 def test_each_token_of_a_character_is_at_its_place() -> None:
     ids = SERVED.tokenizer.encode("aé b😀c", add_special_tokens=False)
-    asked = Job((Request([67], 1, Sampling()),), "prompt", True, False, False, True)
+    asked = Job("tiny", (Request([67], 1, Sampling()),), "prompt", True, False, False, True)
     choice = Choice(0, asked, SERVED, words.reader(SERVED.tokenizer))
     text, tokens = choice.push(sampled(Piece, 0, 0, ids))
     assert text + choice.close() == "aé b😀c"

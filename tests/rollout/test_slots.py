@@ -42,6 +42,17 @@ def test_a_ring_that_went_round_is_only_gone_on_from_where_it_ended() -> None:
     assert slots.place("c", ids(range(40), range(50, 55))) == Placement(2, 0, 40)
 
 
+def test_what_another_adapter_has_read_is_not_gone_on_from() -> None:
+    slots: Slots[str] = Slots.empty(4, 64, 64)
+    slots.place("a", ids(range(30)), 1)
+    assert slots.place("b", ids(range(30))) == Placement(1, 1, 0)
+    assert slots.place("c", ids(range(30)), 1) == Placement(2, 0, 30)
+    slots.sequences[2] = None
+    slots.move(0, 2)
+    assert slots.place("d", ids(range(30)), 2) == Placement(0, 0, 0)
+    assert slots.place("e", ids(range(30)), 1) == Placement(3, 2, 30)
+
+
 def test_new_weights_make_rows_worthless_and_leave_sequences_alone() -> None:
     slots: Slots[str] = Slots.empty(3, 64, 64)
     slots.place("a", ids(range(30)))

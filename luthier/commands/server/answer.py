@@ -139,7 +139,7 @@ class Answer:
     def __init__(self, kind: Kind, ticket: Ticket, created: int, served: Served, words: Callable[[int], Word]):
         job = ticket.job
         self._kind, self._ticket, self._job = kind, ticket, job
-        self._head = {"id": kind.prefix + uuid.uuid4().hex, "created": created, "model": served.name}
+        self._head = {"id": kind.prefix + uuid.uuid4().hex, "created": created, "model": job.model}
         self._choices = [Choice(index, job, served, words) for index in range(ticket.completions)]
 
     async def whole(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from luthier.commands.server import answer, schema, words
 from luthier.commands.server.answer import Answer, Kind
-from luthier.commands.server.job import Job, Served, read_chat, read_completion
+from luthier.commands.server.job import Job, Served, adapter, read_chat, read_completion
 from luthier.commands.server.refusal import Refusal
 from luthier.commands.server.worker import Ticket, Worker
 
@@ -52,13 +52,12 @@ def make(served: Served, worker: Worker, api_key: str | None, hosts: Sequence[st
         return JSONResponse({"status": "failed" if worker.failure else "ok"}, 503 if worker.failure else 200)
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_model(served)]})
+        return JSONResponse({"object": "list", "data": [_model(name, served) for name in served.models]})
 
     async def model(request: Request) -> Response:
-        if request.path_params["name"] != served.name:
-            problem = f"the model `{request.path_params['name']}` is not served here: `{served.name}` is."
-            raise Refusal(problem, "model", status=404, code="model_not_found")
-        return JSONResponse(_model(served))
+        name = request.path_params["name"]
+        adapter(name, served)  # raises where it is the name of none
+        return JSONResponse(_model(name, served))
 
     routes = [
         Route("/health", health),
@@ -173,8 +172,10 @@ async def _body(request: Request) -> bytes:
     return bytes(data)
 
 
-def _model(served: Served) -> dict[str, Any]:
-    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "luthier"}
+def _model(name: str, served: Served) -> dict[str, Any]:
+    """Return a model as the list of models has it; an adapter's ``parent`` is its base, as vLLM has it."""
+    parent = {} if name == served.name else {"parent": served.name}
+    return {"id": name, "object": "model", "created": served.created, "owned_by": "luthier", **parent}
 
 
 async def _refused(request: Request, refusal: Refusal) -> Response:

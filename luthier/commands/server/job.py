@@ -21,7 +21,8 @@ from luthier.rollout.engine import Request, Sampling
 class Served:
     """The model as requests meet it: its name, how text becomes tokens, and what holds where a request says nothing.
 
-    ``reply_tokens`` is then the length of a chat's reply at most; None stands for that of ``sampling``.
+    ``reply_tokens`` is then the length of a chat's reply at most; None stands for that of ``sampling``. ``adapters``
+    are the names of the engine's, each a model of its own to requests.
     """
 
     name: str
@@ -31,16 +32,24 @@ class Served:
     sampling: Sampling
     vocab_size: int
     reply_tokens: int | None = None
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All names that a request may have as its model."""
+        return (self.name, *self.adapters)
 
 
 @dataclass(frozen=True)
 class Job:
     """Engine requests that are answered together: one for each prompt, with the same sampling and samples.
 
-    ``field`` is the field of the body that prompts stand in; ``goes_on`` says that completions go on from the text of
-    their prompts, as a reply does not; ``logprobs`` says whether the answer shows them.
+    ``model`` is the name that was asked for, ``field`` the field of the body that prompts stand in; ``goes_on`` says
+    that completions go on from the text of their prompts, as a reply does not; ``logprobs`` says whether the answer
+    shows them.
     """
 
+    model: str
     requests: tuple[Request, ...]
     field: str
     goes_on: bool
@@ -62,18 +71,18 @@ class Job:
 def read_completion(data: bytes, served: Served) -> Job:
     """Return what a body of `/v1/completions` asks for. Raises Refusal."""
     body = schema.read(CompletionBody, data)
-    _check_name(body, served)
+    named = adapter(body.model, served)
     sampling = _sampling(body, body.max_tokens, body.logprobs or 0, served)
     prompts = [_encoded(prompt, place, served) for place, prompt in enumerate(body.prompt)]
-    requests = tuple(Request(prompt, body.n, sampling) for prompt in prompts)
+    requests = tuple(Request(prompt, body.n, sampling, named) for prompt in prompts)
     usage = body.stream_options.include_usage
-    return Job(requests, "prompt", True, body.stream, usage, body.logprobs is not None)
+    return Job(body.model, requests, "prompt", True, body.stream, usage, body.logprobs is not None)
 
 
 def read_chat(data: bytes, served: Served) -> Job:
     """Return what a body of `/v1/chat/completions` asks for. Raises Refusal."""
     body = schema.read(ChatBody, data)
-    _check_name(body, served)
+    named = adapter(body.model, served)
     max_tokens = body.max_completion_tokens or body.max_tokens or served.reply_tokens
     sampling = _sampling(body, max_tokens, body.top_logprobs or 0, served)
     try:
@@ -84,13 +93,18 @@ def read_chat(data: bytes, served: Served) -> Job:
     except UserError as error:
         raise Refusal(str(error), "messages") from None
     goes_on, usage = not served.rendering.use_chat_template, body.stream_options.include_usage
-    return Job((Request(prompt, body.n, sampling),), "messages", goes_on, body.stream, usage, body.logprobs)
+    requests = (Request(prompt, body.n, sampling, named),)
+    return Job(body.model, requests, "messages", goes_on, body.stream, usage, body.logprobs)
 
 
-def _check_name(body: Body, served: Served) -> None:
-    if body.model != served.name:
-        problem = f"the model `{schema.short(body.model)}` is not served here. `{served.name}` is."
-        raise Refusal(problem, "model", status=404, code="model_not_found")
+def adapter(model: str, served: Served) -> str:
+    """Return what the engine calls the adapter that a request calls ``model``, "" for the base. Raises Refusal."""
+    if model in served.models:
+        return "" if model == served.name else model
+    *others, last = (f"`{name}`" for name in served.models)
+    those = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    problem = f"the model `{schema.short(model)}` is not served here. {those}."
+    raise Refusal(problem, "model", status=404, code="model_not_found")
 
 
 def _sampling(body: Body, max_tokens: int | None, logprobs: int, served: Served) -> Sampling:
