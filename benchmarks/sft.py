@@ -6,8 +6,8 @@ Each peer is met in each of its dtypes. Both processes stay alive, loaded and co
 steps while the other waits, and their order is turned over every round, so that whatever else the machine does meets
 both alike. The ratio is taken round by round, and its median is the result.
 
-Full fine-tuning with AdamW, clipping on, rows full of tokens, weights random. On a GPU the same command takes the GPU
-on every side and prints MFU. Left out on purpose: starting up and compiling (`startup.py`).
+Full fine-tuning (`lora.py`: adapters) with AdamW, clipping on, rows full of tokens, weights random. On a GPU the same
+command takes the GPU on every side and prints MFU. Left out on purpose: starting up and compiling (`startup.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ WARM_UP = 2
 
 
 def main() -> None:
-    options = read_options()
+    run(parser(__doc__).parse_args())
+
+
+def run(options: argparse.Namespace) -> None:
+    """Meet each peer, and print and write the figures."""
     sys.stdout.reconfigure(line_buffering=True)  # rows appear as they are measured, in a file too
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -54,11 +58,16 @@ def main() -> None:
         Path(options.json).write_text(json.dumps({"options": vars(options), "results": results}, indent=2) + "\n")
 
 
-def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add = parser.add_argument
+def parser(doc: str | None, *, rank: int = 0) -> argparse.ArgumentParser:
+    """Return the options of this benchmark; with a ``rank``, those of one that trains adapters."""
+    found = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    found.set_defaults(rank=0, quantization="")
+    add = found.add_argument
+    if rank:
+        add("--rank", type=int, default=rank, help="of the adapter of all linear modules, its alpha twice as much")
+        add("--quantization", default="", choices=("", "int8", "int4", "nf4"), help="of Luthier's base")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="what Luthier computes in")
-    add("--peers", default="trl,torch", help="of trl and torch; empty: Luthier alone")
+    add("--peers", default="trl" if rank else "trl,torch", help="of trl and torch; empty: Luthier alone")
     add("--peer-dtype", default="float32,bfloat16", help="of float32 and bfloat16 (autocast over fp32 weights)")
     add("--peer-python", default=sys.executable, help="the interpreter of the environment that has the peers")
     add("--peer-checkpointing", action="store_true", help="gradient checkpointing: TRL's default; slower, less memory")
@@ -67,7 +76,7 @@ def read_options() -> argparse.Namespace:
     add("--batch", type=int, default=4, help="rows in a step")
     add("--length", type=int, default=512, help="tokens in a row")
     add("--json", default="", help="a file to write all figures to")
-    return parser.parse_args()
+    return found
 
 
 def peers(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -94,6 +103,8 @@ def start(options: argparse.Namespace, folder: Path, side: str, dtype: str) -> W
         "length": options.length,
         "dtype": dtype,
         "checkpointing": options.peer_checkpointing,
+        "rank": options.rank,
+        "quantization": options.quantization,
     }
     (output / "plan.json").write_text(json.dumps(plan))
     python = sys.executable if side == "luthier" else options.peer_python

@@ -1,4 +1,4 @@
-"""Luthier's side of `sft.py`: the whole real run, `train.sft.run`, with its compiled step taking turns.
+"""Luthier's side of `sft.py` and `lora.py`: the whole real run, `train.sft.run`, with its compiled step taking turns.
 
 Every step passes through the loop that users run, its reading ahead, its log and its files. Checkpoints are off, as on
 the other sides.
@@ -46,13 +46,13 @@ def in_turns(turns: Turns, programs: Programs) -> Programs:
 
     checked = False
 
-    def advance(state: Any, batch: Any, rate: Any) -> Any:
+    def advance(state: Any, batch: Any, rate: Any, base: Any) -> Any:
         nonlocal checked
         if not checked and not np.asarray(batch.segments_BT).all():
             raise ValueError("a batch with padding: the rows were to fill it")
         checked = True
         turns.before_step(lambda: jax.block_until_ready(state))
-        return programs.train.result()(state, batch, rate)
+        return programs.train.result()(state, batch, rate, base)
 
     advance.memory_analysis = lambda: None  # what a compiled program has, and the run's header asks for
     ready: Future[Any] = Future()
@@ -81,6 +81,9 @@ def main() -> None:
         "steps": 1_000_000,
         "enable_checkpointing": False,
     }
+    if plan["rank"]:
+        keys |= {"enable_lora": True, "lora_rank": plan["rank"], "lora_alpha": 2 * plan["rank"]}
+        keys |= {"quantization": plan["quantization"]}
     sft.run(config.resolve("sft", [f"{key}={value}" for key, value in keys.items()], {}))
 
 

@@ -1,4 +1,4 @@
-"""TRL's side of `sft.py`: an `SFTTrainer` as its documentation builds one, taking turns through a callback.
+"""TRL's side of `sft.py` and `lora.py`: an `SFTTrainer` as documented, taking turns through a callback.
 
 What it is given is what makes it fastest here: rows of equal length without padding (so without an attention mask to
 build), PyTorch's own attention kernel, no gradient checkpointing unless asked for. `bfloat16` is TRL's default mixed
@@ -7,6 +7,7 @@ precision: autocast over fp32 weights.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -31,10 +32,20 @@ class InTurns(TrainerCallback):
         self._turns.before_step(settle)
 
 
+def adapter(rank: int) -> object:
+    """Return PEFT's configuration of an adapter of all linear modules, as TRL's documentation does."""
+    import peft
+
+    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def main() -> None:
     turns = Turns(device_peak)
     plan = json.loads(Path(sys.argv[1]).read_text())
-    turns.facts |= facts(plan, {"trl": trl.__version__, "transformers": transformers.__version__})
+    versions = {"trl": trl.__version__, "transformers": transformers.__version__}
+    if plan["rank"]:
+        versions["peft"] = importlib.metadata.version("peft")
+    turns.facts |= facts(plan, versions)
     trainer = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(plan["model"]), dtype=torch.float32, attn_implementation="sdpa"
@@ -55,6 +66,7 @@ def main() -> None:
         train_dataset=load_dataset("json", data_files=plan["rows"], split="train", cache_dir=plan["output"]),
         processing_class=PreTrainedTokenizerFast.from_pretrained(plan["model"]),
         callbacks=[InTurns(turns)],
+        peft_config=adapter(plan["rank"]) if plan["rank"] else None,
     )
     if any(len(row["input_ids"]) != plan["length"] for row in trainer.train_dataset):
         raise ValueError("a row that is not full: the rows were to need no padding")

@@ -70,7 +70,7 @@ def watch(events: Events, sft: Any) -> None:
         ("tokenizer", sft.tokenizer_lib, "load"),
         ("rows", sft, "load_rows"),
         ("header", sft.report, "header"),
-        ("weights", sft, "load_state"),
+        ("weights", sft, "load"),
     ):
         setattr(module, name, events.timed(phase, getattr(module, name)))
     compile_steps = sft.compile_steps

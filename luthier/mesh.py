@@ -41,6 +41,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "expert_embed": ("fsdp",),
     "expert_mlp": ("tensor",),
+    "rank": (),
+    "rows": (),
 }
 WHOLE = frozenset({"batch", "kv_heads", "latent", "vocab"})
 

@@ -12,11 +12,11 @@ from luthier.types import Batch, Loss
 
 
 def evaluate(
-    program: Callable[[Tree, Batch], Loss], params: Tree, batches: Iterable[Batch], limit: int = -1
+    program: Callable[..., Loss], params: Tree, batches: Iterable[Batch], limit: int = -1, base: Tree = None
 ) -> dict[str, float]:
     """Return mean loss and accuracy per trained token over ``batches`` (the first ``limit`` of them, if not -1)."""
     chosen = itertools.islice(batches, None if limit == -1 else limit)
-    totals = [program(params, batch) for batch in chosen]
+    totals = [program(params, batch, base) for batch in chosen]
     summed = jax.device_get(jax.tree.map(lambda *values: sum(float(value) for value in values), *totals))
     return {"loss": summed.sum / summed.weight} | {
         name: total / weight for name, (total, weight) in summed.metrics.items()

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import jax
 
 from luthier import mesh as mesh_lib
-from luthier.model import param
 from luthier.model.param import Tree
 from luthier.train.sampler import Collected, Sampler
 
@@ -33,8 +32,8 @@ class Feed(Protocol):
         """Return the completions of the next step."""
         ...
 
-    def publish(self, params: Tree, version: int) -> None:
-        """Sample from the weights after ``version`` steps from now on. The caller may then donate them."""
+    def publish(self, trained: Tree, version: int) -> None:
+        """Sample from what is trained after ``version`` steps from now on. The caller may then donate it."""
         ...
 
     def ask(self, question: Question) -> Any:
@@ -47,11 +46,14 @@ class Feed(Protocol):
 
 
 class InTurn:
-    """Samples when asked, on the trainer's own mesh and weights."""
+    """Samples when asked, on the trainer's own mesh and weights.
 
-    def __init__(self, sampler: Sampler, number: int, position: int) -> None:
+    ``weights`` makes the model's weights of those that are trained.
+    """
+
+    def __init__(self, sampler: Sampler, weights: Callable[[Tree], Tree], number: int, position: int) -> None:
         """Begin with step ``number``, whose prompts begin at ``position``."""
-        self._sampler, self._number, self._position = sampler, number, position
+        self._sampler, self._weights, self._number, self._position = sampler, weights, number, position
 
     def next(self) -> Collected:
         """Return the completions of the next step."""
@@ -59,9 +61,9 @@ class InTurn:
         self._number, self._position = self._number + 1, collected.position
         return collected
 
-    def publish(self, params: Tree, version: int) -> None:
+    def publish(self, trained: Tree, version: int) -> None:
         """Sample from these weights from now on."""
-        self._sampler.engine.sync(params, version)
+        self._sampler.engine.sync(self._weights(trained), version)
 
     def ask(self, question: Question) -> Any:
         """Return what ``question`` says of the sampler."""
@@ -74,12 +76,20 @@ class InTurn:
 class Ahead:
     """Samples steps ``number`` to ``last`` in a thread, on the sampler's mesh, which is apart from the trainer's.
 
-    ``spec`` declares the model's weights.
+    ``shardings`` say where what is trained lies on that mesh, ``weights`` makes the model's weights of it there.
     """
 
-    def __init__(self, sampler: Sampler, spec: Tree, number: int, last: int, position: int, staleness: int) -> None:
-        self._sampler, self._staleness = sampler, staleness
-        self._shardings = param.shardings(spec, sampler.mesh)
+    def __init__(
+        self,
+        sampler: Sampler,
+        weights: Callable[[Tree], Tree],
+        shardings: Tree,
+        number: int,
+        last: int,
+        position: int,
+        staleness: int,
+    ) -> None:
+        self._sampler, self._weights, self._shardings, self._staleness = sampler, weights, shardings, staleness
         self._steps, self._position = range(number, last + 1), position
         self._changed = threading.Condition()
         self._version = number - 1
@@ -99,9 +109,9 @@ class Ahead:
                 return self._ready.popleft()
         raise self._failure  # type: ignore[misc]
 
-    def publish(self, params: Tree, version: int) -> None:
+    def publish(self, trained: Tree, version: int) -> None:
         """Copy the weights to the sampler's devices, from where it takes them up after its present chunk of tokens."""
-        copied = jax.block_until_ready(jax.device_put(params, self._shardings))
+        copied = jax.block_until_ready(jax.device_put(trained, self._shardings))
         with self._changed:
             self._fresh, self._version = (copied, version), version
             self._changed.notify_all()
@@ -166,7 +176,8 @@ class Ahead:
                 raise _Closed
             fresh, self._fresh = self._fresh, None
         if fresh is not None:
-            self._sampler.engine.sync(*fresh)
+            trained, version = fresh
+            self._sampler.engine.sync(self._weights(trained), version)
 
 
 class _Closed(Exception):

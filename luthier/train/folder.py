@@ -68,7 +68,8 @@ def open_(config: Any) -> Path:
 
 def _has_progress(folder: Path) -> bool:
     """Say whether there is something that another run would destroy: a whole checkpoint or a trained model."""
-    return (folder / "model").exists() or any(step.name.isdigit() for step in (folder / "checkpoints").glob("*"))
+    trained = any((folder / name).exists() for name in ("model", "adapter"))
+    return trained or any(step.name.isdigit() for step in (folder / "checkpoints").glob("*"))
 
 
 def _read(recipe: Path) -> dict[str, Any]:

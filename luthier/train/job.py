@@ -21,8 +21,9 @@ from luthier.memory import available
 from luthier.model import param
 from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
-from luthier.train import balance, memory, optimizer, step
+from luthier.train import balance, memory, optimizer, step, tuning
 from luthier.train.balance import Balance
+from luthier.train.tuning import Base, Tuning
 from luthier.types import Batch
 
 C = TypeVar("C", bound=SftConfig | RlConfig)
@@ -37,6 +38,7 @@ class Job(Generic[C]):
     model: Model
     mesh: Mesh
     compute: Compute
+    tuning: Tuning
     optimizer: optax.GradientTransformation
 
     @property
@@ -45,14 +47,9 @@ class Job(Generic[C]):
         return self.config.per_device_batch_size * mesh_lib.batch_shards(self.mesh)
 
     @property
-    def weight_dtype(self) -> jnp.dtype:
-        """The type of the weights in memory."""
-        return jnp.dtype(self.config.weight_dtype)
-
-    @property
     def abstract_state(self) -> step.TrainState:
         """The train state's shapes, types and shardings."""
-        return step.abstract_state(self.optimizer, self.model.spec, self.weight_dtype, self.mesh)
+        return step.abstract_state(self.optimizer, self.tuning.spec, self.tuning.trained_dtype, self.mesh)
 
     @property
     def evaluates(self) -> bool:
@@ -81,7 +78,9 @@ def prepare(config: C, source: Source, model: Model, mesh: Mesh) -> Job[C]:
     model.check_kernel(config.attention, dtype)
     if source.kind != "random":
         huggingface.check(source, model.spec, model.config.ignored)
-    return Job(config, source, model, mesh, compute, optimizer.make(config, model.spec))
+    trained = tuning.of(config, model, jnp.dtype(config.weight_dtype), dtype)
+    param.shardings(trained.spec, mesh)
+    return Job(config, source, model, mesh, compute, trained, optimizer.make(config, trained.spec))
 
 
 def step_rows(job: Job[SftConfig]) -> int:
@@ -94,7 +93,7 @@ def plan_memory(job: Job[SftConfig]) -> memory.Plan:
     keys = job.config
     plan = memory.estimate(
         keys,
-        job.model,
+        job.tuning,
         job.mesh,
         job.compute,
         row_length=keys.max_target_length,
@@ -107,34 +106,38 @@ def plan_memory(job: Job[SftConfig]) -> memory.Plan:
 def compile_steps(job: Job[SftConfig], algorithm: step.Algorithm, background: ThreadPoolExecutor) -> Programs:
     """Start compiling the steps, the first one needed first, while the caller reads rows and weights."""
     state, accumulate = job.abstract_state, job.config.gradient_accumulation_steps
+    base, weights = job.tuning.abstract_base(job.mesh), job.tuning.weights
 
     def evaluation() -> Callable[..., Any]:
         with mesh_lib.use(job.mesh):
-            program = step.make_eval_step(job.model, algorithm, job.compute)
-            return program.lower(state.params, _abstract_batch(job, job.batch_rows)).compile()
+            program = step.make_eval_step(job.model, algorithm, job.compute, weights)
+            return program.lower(state.params, _abstract_batch(job, job.batch_rows), base).compile()
 
     def training() -> Callable[..., Any]:
         with mesh_lib.use(job.mesh):
-            program = step.make_train_step(job.model, algorithm, job.optimizer, job.compute, Balance.of(job.config))
+            program = step.make_train_step(
+                job.model,
+                algorithm,
+                job.optimizer,
+                job.compute,
+                Balance.of(job.config),
+                weights,
+                jax.random.key(job.config.seed) if job.config.lora_dropout else None,
+            )
             rate = jax.ShapeDtypeStruct((), jnp.float32)
-            return program.lower(state, _abstract_batch(job, accumulate, job.batch_rows), rate).compile()
+            return program.lower(state, _abstract_batch(job, accumulate, job.batch_rows), rate, base).compile()
 
     first = background.submit(evaluation) if job.evaluates else None
     return Programs(background.submit(training), first)
 
 
-def load_state(job: Job, checkpoints: Checkpoints | None) -> tuple[step.TrainState, dict[str, Any] | None]:
-    """Return the train state and the data's: the last checkpoint's, or that of a start."""
+def load(job: Job, checkpoints: Checkpoints | None) -> tuple[Base | None, step.TrainState, dict[str, Any] | None]:
+    """Return the weights that stay, the train state, and the data's: the last checkpoint's, or those of a start."""
+    base = job.tuning.load_base(job.source, job.mesh, job.config.seed)
     if checkpoints is not None and checkpoints.latest() is not None:
-        return checkpoints.restore(job.abstract_state)
-    return step.init_state(initial_params(job), job.optimizer, job.model.spec, job.mesh), None
-
-
-def initial_params(job: Job) -> param.Tree:
-    """Return the weights that the run starts from."""
-    if job.source.kind == "random":
-        return param.initialise(job.model.spec, jax.random.key(job.config.seed), job.weight_dtype, job.mesh)
-    return huggingface.load(job.source, job.model.spec, job.weight_dtype, job.mesh, job.model.config.ignored)
+        return base, *checkpoints.restore(job.abstract_state)
+    trained = job.tuning.start(base, job.source, job.mesh, job.config.seed, job.config.lora_path)
+    return base, step.init_state(trained, job.optimizer, job.tuning.spec, job.mesh), None
 
 
 def _abstract_batch(job: Job[SftConfig], *rows: int) -> Batch:

@@ -33,7 +33,10 @@ Groups = Sequence[Sequence[Trajectory]]
 
 @dataclass(frozen=True)
 class Learner:
-    """The programs of the policy step and what feeds them; ``reference`` are the weights of the start, where needed."""
+    """The programs of the policy step and what feeds them.
+
+    ``reference`` is what was trained as it was at the start, where that is needed; ``base`` are the weights beside it.
+    """
 
     config: RlConfig
     objective: Objective
@@ -41,6 +44,7 @@ class Learner:
     programs: Programs
     mesh: Mesh
     reference: Tree | None
+    base: Tree = None
 
     def learn(self, state: TrainState, groups: Groups, learning_rate: float) -> tuple[TrainState, dict[str, float]]:
         """Take the updates that ``groups`` serve; return the state and the step's numbers.
@@ -64,7 +68,7 @@ class Learner:
         total = self.programs.start.result()(np.float32(self.objective.weight(idle)))
         for micro in packing.pack(worth, self.layout):
             placed = step.place(micro.batch, self.mesh)
-            total = self.programs.accumulate.result()(state.params, total, placed)
+            total = self.programs.accumulate.result()(state.params, total, placed, self.base)
         return self.programs.apply.result()(state, total, np.float32(learning_rate))
 
     def _with_policies(self, params: Tree, groups: Groups) -> Groups:
@@ -87,7 +91,7 @@ class Learner:
         program, micros = self.programs.score, packing.pack(trajectories, self.layout)
         if program is None:
             raise RuntimeError("the score program was not compiled")
-        values = [np.asarray(program.result()(params, self._unscored(micro))) for micro in micros]
+        values = [np.asarray(program.result()(params, self._unscored(micro), self.base)) for micro in micros]
         return packing.unpack(micros, values, trajectories)
 
     def _unscored(self, micro: Packed) -> Any:

@@ -18,7 +18,7 @@ from luthier.errors import UserError
 from luthier.memory import GIB
 from luthier.model import cost, param
 from luthier.model.compute import Compute
-from luthier.model.model import Model
+from luthier.train.tuning import Tuning
 
 MOMENTS = {"adamw": 2.0, "adafactor": 0.05, "muon": 1.3, "sgd": 1.0}
 OVERESTIMATE = 1.35
@@ -38,22 +38,23 @@ class Plan:
 
 
 def estimate(
-    config: TrainKeys, model: Model, mesh: Mesh, compute: Compute, *, row_length: int, accumulates: bool
+    config: TrainKeys, tuning: Tuning, mesh: Mesh, compute: Compute, *, row_length: int, accumulates: bool
 ) -> Plan:
     """Return the bytes that training on rows of ``row_length`` tokens takes on each device.
 
     ``accumulates`` says that gradients are added up over several micro-batches.
     """
-    c = model.config
-    weights = param.count(model.spec)
+    c = tuning.model.config
+    weights = param.count(tuning.spec)
     shards = mesh.size // mesh.shape["data"]
-    weight_bytes = jnp.dtype(config.weight_dtype).itemsize
+    weight_bytes = jnp.dtype(tuning.trained_dtype).itemsize
     moment_bytes = MOMENTS[config.opt_type] * jnp.dtype(config.mu_dtype).itemsize
     gradients = 2.0 if accumulates else 1.0
-    state = weights * (weight_bytes * (1 + gradients) + moment_bytes) / shards
+    state = weights * (weight_bytes * (1 + gradients) + moment_bytes) / shards + tuning.base_bytes(mesh)
     itemsize = jnp.dtype(compute.dtype).itemsize
-    # A layer's weights, as it is computed with them, and their gradient.
-    gathered = cost.largest_layer(c) * itemsize * 2 / (mesh.shape["tensor"] * mesh.shape["expert"])
+    # A layer's weights, as it is computed with them, and their gradient, if they have one.
+    copies = 2 if tuning.adapter is None else 1
+    gathered = cost.largest_layer(c) * itemsize * copies / (mesh.shape["tensor"] * mesh.shape["expert"])
     in_flight = 8 * 4 * cost.widest(c)  # one layer and its gradients, fp32
     per_token = (cost.saved(c, compute.remat) * itemsize + in_flight) / mesh.shape["tensor"]
     logits = 3 * 4 * 512 * c.vocab_size / mesh.shape["tensor"]
@@ -61,12 +62,15 @@ def estimate(
     return Plan(fixed=state + gathered + logits + process, per_row=per_token * row_length)
 
 
-def sampling(config: RlConfig, model: Model, mesh: Mesh, compute: Compute) -> float:
+def sampling(config: RlConfig, tuning: Tuning, mesh: Mesh, compute: Compute) -> float:
     """Return the bytes that reinforcement learning needs beside the train step, the cache of keys and values aside.
 
-    These are the sampler's copy of the weights, where it computes in another type, and the reference policy's.
+    These are the sampler's copy of the weights, where it computes in another type, and the reference policy's. An
+    adapter's sampler and reference are the base itself.
     """
-    weights = param.count(model.spec) * mesh.shape["data"] / mesh.size
+    if tuning.adapter is not None:
+        return tuning.base_bytes(mesh) if config.max_staleness else 0.0
+    weights = param.count(tuning.spec) * mesh.shape["data"] / mesh.size
     own, computed = jnp.dtype(config.weight_dtype), jnp.dtype(compute.dtype)
     copied = computed.itemsize if own != computed or config.max_staleness else 0
     return weights * (copied + (own.itemsize if config.beta else 0))

@@ -39,7 +39,7 @@ class Policy:
 
     Log-probs are at ``temperature``, the sampler's. Entropies are computed if ``entropy``. ``own_old`` says that old
     log-probs are the trainer's own: then they, and not the current ones, are compared with the sampler's. ``balance``
-    is what is asked of a mixture's routers.
+    is what is asked of a mixture's routers. ``weights`` makes the model's weights of those trained and of the base.
     """
 
     model: Model
@@ -49,6 +49,7 @@ class Policy:
     entropy: bool = False
     own_old: bool = False
     balance: Balance = NONE
+    weights: step.Weights = step.own
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Programs:
     """The promises of the compiled programs; they take batches as ``step.place`` puts them.
 
     ``start(weight) -> Running``, a sum of nothing that weighs as much as what need not be computed;
-    ``accumulate(params, running, micro) -> Running``, to which the running sum is donated; ``apply(state, running,
-    learning_rate) -> (state, metrics)``, to which the state is donated, and which changes nothing but the number of
-    the step where the loss weighs nothing; ``score(params, micro) -> logp [B, S, C]``.
+    ``accumulate(trained, running, micro, base) -> Running``, to which the running sum is donated; ``apply(state,
+    running, learning_rate) -> (state, metrics)``, to which the state is donated, and which changes nothing but the
+    number of the step where the loss weighs nothing; ``score(trained, micro, base) -> logp [B, S, C]``.
     """
 
     start: Future[Callable[..., Any]]
@@ -78,13 +79,14 @@ def compile_steps(
     reference: bool = False,
     old: bool = True,
     scores: bool = True,
+    base: Tree = None,
 ) -> Programs:
-    """Start compiling for the abstract ``state``, the program needed first, first.
+    """Start compiling for the abstract ``state`` and ``base``, the program needed first, first.
 
     ``reference`` and ``old`` say which log-probs rollouts have, ``scores`` that ``score`` is wanted.
     """
     micro = abstract_batch(layout, mesh, reference=reference, old=old)
-    total = _abstract_running(policy, state.params, micro, mesh)
+    total = _abstract_running(policy, state.params, micro, mesh, base)
     placed = _shardings(total)
 
     def compiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[..., Any]:
@@ -97,11 +99,13 @@ def compile_steps(
     by_row = step.batch_sharding(mesh, accumulated=False)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     outputs = (_shardings(state), NamedSharding(mesh, P()))
-    score = submit(_scored(policy), state.params, unscored(micro), out_shardings=by_row) if scores else None
+    score = submit(_scored(policy), state.params, unscored(micro), base, out_shardings=by_row) if scores else None
     return Programs(
         score=score,
         start=submit(_started(total), jax.ShapeDtypeStruct((), jnp.float32), out_shardings=placed),
-        accumulate=submit(_accumulated(policy), state.params, total, micro, donate_argnums=1, out_shardings=placed),
+        accumulate=submit(
+            _accumulated(policy), state.params, total, micro, base, donate_argnums=1, out_shardings=placed
+        ),
         apply=submit(_applied(optimizer), state, total, rate, donate_argnums=0, out_shardings=outputs),
     )
 
@@ -129,11 +133,11 @@ def unscored(micro: PolicyBatch) -> PolicyBatch:
     return replace(micro, rollouts=replace(micro.rollouts, old_logp_BT=None, reference_logp_BT=None))
 
 
-def objective(policy: Policy) -> step.Objective:
+def objective(policy: Policy, base: Tree = None) -> step.Objective:
     """Return the policy's loss of a micro-batch, with the metrics of every policy step."""
 
-    def loss_of(params: Tree, micro: PolicyBatch) -> Loss:
-        rollouts = micro.rollouts
+    def loss_of(trained: Tree, micro: PolicyBatch) -> Loss:
+        rollouts, params = micro.rollouts, policy.weights(trained, base)
         logp_BT, _, entropy_BT, routed = policy.model.score_tokens(
             params, micro, policy.compute, temperature=policy.temperature, entropy=policy.entropy
         )
@@ -163,9 +167,9 @@ def _started(like: step.Running) -> Callable[..., step.Running]:
 
 
 def _accumulated(policy: Policy) -> Callable[..., step.Running]:
-    def accumulate(params: Tree, total: step.Running, micro: PolicyBatch) -> step.Running:
+    def accumulate(trained: Tree, total: step.Running, micro: PolicyBatch, base: Tree = None) -> step.Running:
         with policy.compute.precision():
-            return step.added(total, step.running(objective(policy), params, micro))
+            return step.added(total, step.running(objective(policy, base), trained, micro))
 
     return accumulate
 
@@ -187,20 +191,24 @@ def _applied(optimizer: optax.GradientTransformation) -> Callable[..., tuple[ste
 
 
 def _scored(policy: Policy) -> Callable[..., jax.Array]:
-    def score(params: Tree, micro: PolicyBatch) -> jax.Array:
+    def score(trained: Tree, micro: PolicyBatch, base: Tree = None) -> jax.Array:
         with policy.compute.precision():
+            params = policy.weights(trained, base)
             scores = policy.model.score_tokens(params, micro, policy.compute, temperature=policy.temperature)
         return scores.logp_BT.reshape(micro.places_BSC.shape)
 
     return score
 
 
-def _abstract_running(policy: Policy, params: Tree, micro: PolicyBatch, mesh: Mesh) -> step.Running:
+def _abstract_running(policy: Policy, trained: Tree, micro: PolicyBatch, mesh: Mesh, base: Tree) -> step.Running:
+    def of_micro(trained: Tree, micro: PolicyBatch, base: Tree) -> step.Running:
+        return step.running(objective(policy, base), trained, micro)
+
     with mesh_lib.use(mesh):
-        total = jax.eval_shape(lambda params, micro: step.running(objective(policy), params, micro), params, micro)
+        total = jax.eval_shape(of_micro, trained, micro, base)
     whole = NamedSharding(mesh, P())
     return step.Running(
-        gradient=jax.tree.map(lambda g, w: _placed(g, w.sharding), total.gradient, params),
+        gradient=jax.tree.map(lambda g, w: _placed(g, w.sharding), total.gradient, trained),
         loss=jax.tree.map(lambda x: _placed(x, whole), total.loss),
     )
 

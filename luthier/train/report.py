@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from luthier.checkpoint import huggingface
+from luthier.checkpoint import huggingface, peft
 from luthier.checkpoint.card import model_card
 from luthier.config import SftConfig
 from luthier.data.chat import prompt_rendering
@@ -19,6 +19,7 @@ from luthier.memory import GIB, available, peak_resident
 from luthier.model import cost, param
 from luthier.train import display, memory, metrics
 from luthier.train.job import Job, step_rows
+from luthier.train.tuning import Base, Tuning
 
 Evaluations = dict[int, dict[str, float]]
 
@@ -38,8 +39,7 @@ def header(
     free, needed = available(job.mesh), plan.total(config.per_device_batch_size)
     lines = {
         "model": f"{job.source.name} ({job.model.config.num_hidden_layers} layers)",
-        "parameters": f"{display.quantity(param.count(job.model.spec))}, all trained, {config.weight_dtype}; "
-        f"computed in {jnp.dtype(job.compute.dtype).name}",
+        "parameters": parameters(job),
         "devices": devices(job.mesh),
         "data": rows.report.summary(),
     }
@@ -68,6 +68,18 @@ def header(
     console.print(preview(tokenizer, rows.example(0)), end="\n\n")
 
 
+def parameters(job: Job[Any]) -> str:
+    """Return how many weights there are, how many of them are trained, and in which types."""
+    tuning, computed = job.tuning, jnp.dtype(job.compute.dtype).name
+    count = display.quantity(param.count(job.model.spec))
+    if tuning.adapter is None:
+        return f"{count}, all trained, {jnp.dtype(tuning.weight_dtype).name}; computed in {computed}"
+    size = tuning.base_bytes(job.mesh) / GIB
+    kept = f"{tuning.quantization or jnp.dtype(tuning.dtype).name}, {size:.2f} GiB a device"
+    trained = display.quantity(param.count(tuning.spec))
+    return f"{count} that stay ({kept}), {trained} trained (an adapter of rank {tuning.adapter.rank}); in {computed}"
+
+
 def left_out(job: Job[Any]) -> dict[str, str]:
     """Return the line that says what of the checkpoint the model leaves out, if anything."""
     words = huggingface.left_out(job.source, job.model.spec, job.model.config.ignored)
@@ -81,23 +93,29 @@ def compiled(console: Console, program: Any) -> None:
         console.print(f"The compiled step takes {size / GIB:.1f} GiB on each device.")
 
 
-def export(job: Job, command: str, params: param.Tree, tokenizer: Any, place: Path) -> None:
-    """Save the model that ``command`` trained as Transformers reads it, with a model card of the keys that were set."""
-    config = job.config
+def result(tuning: Tuning, place: Path) -> Path:
+    """Return the folder of what a run in ``place`` has trained."""
+    return place / ("model" if tuning.adapter is None else "adapter")
+
+
+def export(job: Job, command: str, base: Base | None, trained: param.Tree, tokenizer: Any, place: Path) -> None:
+    """Save what ``command`` trained, with a card of the keys that were set: a model as Transformers reads it, or an
+    adapter as PEFT does.
+    """
+    config, folder = job.config, result(job.tuning, place)
     keys = config.model_dump(exclude_defaults=True, exclude={"hf_access_token"})
-    huggingface.save(
-        place,
-        params,
-        job.model.spec,
-        job.source,
-        tokenizer,
-        dtype=config.save_dtype,
-        chat_template=prompt_rendering(config, tokenizer).template,
-        card=model_card(job.source, command, config.hf_path, keys),
-    )
+    words: dict[str, Any] = {
+        "chat_template": prompt_rendering(config, tokenizer).template,
+        "card": model_card(job.source, command, config.hf_path, keys),
+    }
+    if base is None or job.tuning.adapter is None:
+        huggingface.save(folder, trained, job.model.spec, job.source, tokenizer, dtype=config.save_dtype, **words)
+        return
+    spec, adapter = job.tuning.spec, job.tuning.adapter
+    peft.save(folder, trained, spec, adapter, job.source, tokenizer, origin=base.origin, **words)
 
 
-def summary(console: Console, place: Path, evaluations: Evaluations) -> None:
+def summary(console: Console, place: Path, evaluations: Evaluations, tuning: Tuning) -> None:
     """Print what came of it and where it lies."""
     lines = {}
     if len(evaluations) > 1:
@@ -107,7 +125,8 @@ def summary(console: Console, place: Path, evaluations: Evaluations) -> None:
         lines["held-out token accuracy"] = f"{before[name]:.1%} before, {after[name]:.1%} after"
     lines["peak memory"] = f"{peak_resident() / GIB:.1f} GiB in this process"
     lines["metrics"] = str(place / "metrics.jsonl")
-    lines["model"] = str(place / "model")
+    folder = result(tuning, place)
+    lines[folder.name] = str(folder)
     display.table(console, "Done", lines)
 
 
@@ -115,7 +134,9 @@ def speeds(job: Job[SftConfig]) -> dict[str, Any]:
     """Return what MFU is made of: the FLOPs of a token, and of all devices in a second where that is known."""
     peak = metrics.peak_flops(job.mesh.devices.flat[0].device_kind)
     return {
-        "flops_per_token": cost.flops_per_token(job.model.config, job.config.max_target_length),
+        "flops_per_token": cost.flops_per_token(
+            job.model.config, job.config.max_target_length, frozen=job.tuning.adapter is not None
+        ),
         "peak_flops": peak and peak * job.mesh.size,
     }
 

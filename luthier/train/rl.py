@@ -16,7 +16,7 @@ if __name__ == "__main__":  # the command line is parsed before anything heavy i
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,14 @@ from luthier.checkpoint import tokenizer as tokenizer_lib
 from luthier.checkpoint.state import Checkpoints
 from luthier.config import RlConfig
 from luthier.errors import RunError, UserError
+from luthier.model import param
 from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.rollout import checks, failures
 from luthier.rollout.workers import Scorers
 from luthier.train import display, folder, metrics, optimizer, report, rl_plan, rl_report, rl_setup, saving, step
 from luthier.train.feed import Ahead, Feed, InTurn
-from luthier.train.job import Job, load_state, prepare
+from luthier.train.job import Job, load, prepare
 from luthier.train.learner import Learner
 from luthier.train.profile import Profile
 from luthier.train.rollout_files import RolloutFiles, show
@@ -47,11 +48,12 @@ from luthier.train.signals import EXIT_CODES, Stop
 
 @dataclass(frozen=True)
 class Run:
-    """A job with who samples, who learns, and its place in the world."""
+    """A job with who samples, who learns, how the one's weights become the other's, and its place in the world."""
 
     job: Job[RlConfig]
     sampler: Sampler
     learner: Learner
+    weights: Callable[[Tree], Tree]
     total: int
     place: Path
     console: Console
@@ -97,16 +99,20 @@ def run(config: RlConfig) -> None:
             with saving.checkpoints(config, place) as checkpoints:
                 saving.check_done(checkpoints, total, place)
                 programs = rl_setup.compile_steps(job, objective, layout, background)
-                reference, state, data = load(job, checkpoints)
+                base, state, data = load(job, checkpoints)
+                data = data or {"step": 0, "position": 0}
                 check_same(data, tasks.fingerprint, place)
-                engine = rl_setup.engine(job, state.params, data["step"], samples, plan, tasks, held_out, tokenizer)
+                reference = rl_setup.reference(job, base) if config.beta else None
+                weights = rl_setup.weights(job, base, samples)
+                begun = rl_setup.Begun(weights, state.params, data["step"])
+                engine = rl_setup.engine(job, begun, samples, plan, tasks, held_out, tokenizer)
                 sampler = rl_setup.sampler(job, objective, game, engine, tasks, held_out, scorers, samples)
-                learner = Learner(config, objective, layout, programs, trains, reference)
+                learner = Learner(config, objective, layout, programs, trains, reference, base)
                 rl_report.header(console, job, sampler, learner, plan, total, place)
-                this = Run(job, sampler, learner, total, place, console, stop)
+                this = Run(job, sampler, learner, weights, total, place, console, stop)
                 state, evaluations = train(this, checkpoints, state, data)
-        report.export(job, "rl", state.params, tokenizer, place / "model")
-        rl_report.summary(console, place, evaluations)
+        report.export(job, "rl", base, state.params, tokenizer, place)
+        rl_report.summary(console, place, evaluations, job.tuning)
 
 
 def train(
@@ -168,18 +174,12 @@ def total_steps(config: RlConfig, prompts: int) -> int:
     return int(in_epochs if config.steps == -1 else min(config.steps, in_epochs))
 
 
-def load(job: Job[RlConfig], checkpoints: Checkpoints | None) -> tuple[Tree | None, step.TrainState, dict[str, Any]]:
-    """Return the reference policy's weights, where one is asked for, the train state, and the place in the data."""
-    reference = rl_setup.reference(job) if job.config.beta else None
-    state, data = load_state(job, checkpoints)
-    return reference, state, data or {"step": 0, "position": 0}
-
-
 def _feed(this: Run, done: int, position: int) -> Feed:
     config = this.job.config
     if not config.max_staleness:
-        return InTurn(this.sampler, done + 1, position)
-    return Ahead(this.sampler, this.job.model.spec, done + 1, this.total, position, config.max_staleness)
+        return InTurn(this.sampler, this.weights, done + 1, position)
+    shardings = param.shardings(this.job.tuning.spec, this.sampler.mesh)
+    return Ahead(this.sampler, this.weights, shardings, done + 1, this.total, position, config.max_staleness)
 
 
 def _look(this: Run, feed: Feed, writer: metrics.Writer, number: int) -> None:

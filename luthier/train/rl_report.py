@@ -12,12 +12,12 @@ from rich.console import Console
 from luthier.algorithms.policy import Habits
 from luthier.config import RlConfig
 from luthier.memory import GIB, available, peak_resident
-from luthier.model import param
 from luthier.train import display, memory, report, rl_plan
 from luthier.train.job import Job
 from luthier.train.learner import Learner
 from luthier.train.report import Evaluations
 from luthier.train.sampler import Collected, Sampler
+from luthier.train.tuning import Tuning
 
 NUMBERS: display.Numbers = (
     ("reward", "reward {:.3f}"),
@@ -40,8 +40,7 @@ def header(
     needed = plan.total(config.per_device_batch_size)
     lines = {
         "model": f"{job.source.name} ({job.model.config.num_hidden_layers} layers)",
-        "parameters": f"{display.quantity(param.count(job.model.spec))}, all trained, {config.weight_dtype}; "
-        f"computed in {jnp.dtype(job.compute.dtype).name}",
+        "parameters": report.parameters(job),
         "devices": _devices(config, job.mesh, sampler.mesh),
         "prompts": f"{len(sampler.tasks):,} of {config.hf_path} ({config.train_split}), "
         f"{sampler.tasks.shortest} to {sampler.tasks.longest} tokens",
@@ -85,7 +84,7 @@ def evaluation(console: Console, number: int, values: dict[str, float]) -> None:
     console.print(f"held-out prompts at step {number}: {', '.join(shown) or 'no prompt has a reward'}")
 
 
-def summary(console: Console, place: Path, evaluations: Evaluations) -> None:
+def summary(console: Console, place: Path, evaluations: Evaluations, tuning: Tuning) -> None:
     """Print what came of it and where it lies."""
     lines = {}
     if len(evaluations) > 1:
@@ -99,7 +98,8 @@ def summary(console: Console, place: Path, evaluations: Evaluations) -> None:
     lines["peak memory"] = f"{peak_resident() / GIB:.1f} GiB in this process"
     lines["metrics"] = str(place / "metrics.jsonl")
     lines["completions"] = str(place / "rollouts")
-    lines["model"] = str(place / "model")
+    folder = report.result(tuning, place)
+    lines[folder.name] = str(folder)
     display.table(console, "Done", lines)
 
 

@@ -32,11 +32,12 @@ from luthier.rollout.opened import Described
 from luthier.rollout.workers import Scorers
 from luthier.train import display, memory, policy_step
 from luthier.train.balance import Balance
-from luthier.train.job import Job, initial_params
+from luthier.train.job import Job
 from luthier.train.policy_step import Policy, Programs
 from luthier.train.rl_plan import Objective
 from luthier.train.sampler import Sampler
 from luthier.train.tasks import Tasks
+from luthier.train.tuning import Base
 
 ROW_LENGTH = 1024
 """Tokens of a packed row to aim at: each micro-batch adds up a whole gradient, but attention looks at whole rows."""
@@ -55,6 +56,15 @@ class Game:
     sampling: Sampling
     make_environment: Callable[[], Environment] | None
     length: int | None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is ``trained`` after ``step`` steps, and what makes the sampler's ``weights`` of it."""
+
+    weights: Callable[[Tree], Tree]
+    trained: Tree
+    step: int
 
 
 def game(config: RlConfig, job: Job[RlConfig], tokenizer: Any) -> Game:
@@ -118,8 +128,8 @@ def memory_settings(config: RlConfig, shapes: Layout) -> tuple[str, str]:
 def plan_memory(job: Job[RlConfig], shapes: Layout) -> memory.Plan:
     """Return the bytes that the policy step takes. Raises UserError where they are more than there are."""
     config = job.config
-    plan = memory.estimate(config, job.model, job.mesh, job.compute, row_length=shapes.row_length, accumulates=True)
-    plan = replace(plan, fixed=plan.fixed + memory.sampling(config, job.model, job.mesh, job.compute))
+    plan = memory.estimate(config, job.tuning, job.mesh, job.compute, row_length=shapes.row_length, accumulates=True)
+    plan = replace(plan, fixed=plan.fixed + memory.sampling(config, job.tuning, job.mesh, job.compute))
     memory.check(config, plan, available(job.mesh), f"row_length={shapes.row_length}")
     return plan
 
@@ -134,6 +144,7 @@ def compile_steps(job: Job[RlConfig], objective: Objective, shapes: Layout, back
         entropy=objective.entropy,
         own_old=objective.old == "trainer",
         balance=Balance.of(job.config),
+        weights=job.tuning.weights,
     )
     return policy_step.compile_steps(
         policy,
@@ -145,18 +156,26 @@ def compile_steps(job: Job[RlConfig], objective: Objective, shapes: Layout, back
         reference=job.config.beta > 0,
         old=objective.old != "current",
         scores=objective.old == "trainer" or job.config.beta > 0,
+        base=job.tuning.abstract_base(job.mesh),
     )
 
 
-def reference(job: Job[RlConfig]) -> Tree:
-    """Return the weights that the run starts from, once more, to be kept as they are."""
-    return initial_params(job)
+def reference(job: Job[RlConfig], base: Base | None) -> Tree:
+    """Return what is trained as it is at the start: of a model all weights once more, of an adapter one that is off."""
+    return job.tuning.reference(base, job.source, job.mesh, job.config.seed)
+
+
+def weights(job: Job[RlConfig], base: Base | None, mesh: Mesh) -> Callable[[Tree], Tree]:
+    """Return what makes the sampler's weights, on its own mesh, of what is trained; the base is copied there once."""
+    if base is None:
+        return lambda trained: trained
+    there = base if mesh == job.mesh else jax.device_put(base, job.tuning.base_shardings(mesh))
+    return lambda trained: job.tuning.weights(trained, there)
 
 
 def engine(
     job: Job[RlConfig],
-    params: Tree,
-    version: int,
+    begun: Begun,
     mesh: Mesh,
     plan: memory.Plan,
     trained: Tasks,
@@ -165,8 +184,6 @@ def engine(
 ) -> LocalEngine:
     """Return the engine on ``mesh``, its cache made for a whole step, so that it never grows.
 
-    ``version`` is how many steps the weights have been trained for.
-
     Of what memory the policy step leaves, the cache takes what it needs. Raises UserError where nothing fits.
     """
     config, free = job.config, available(mesh)
@@ -174,18 +191,19 @@ def engine(
     if config.kv_cache_gib is None and free is not None:
         left = free if config.max_staleness else free - plan.total(config.per_device_batch_size)
         keys = config.model_copy(update={"kv_cache_gib": max(left, 0.1 * free) / GIB})
-    weights = params if mesh == job.mesh else jax.device_put(params, param.shardings(job.model.spec, mesh))
+    weights = begun.trained
+    weights = weights if mesh == job.mesh else jax.device_put(weights, param.shardings(job.tuning.spec, mesh))
     with mesh_lib.use(mesh):
         found = LocalEngine(
             job.model,
-            weights,
+            begun.weights(weights),
             job.compute,
             mesh,
             keys,
             tokenizer=tokenizer,
             context_length=job.source.context_length,
             seed=config.seed,
-            version=version,
+            version=begun.step,
             record_routes=config.routing_replay,
         )
         longest = max(each.longest for each in (trained, held_out) if each is not None)

@@ -36,17 +36,19 @@ from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.train import display, folder, metrics, optimizer, report, saving, step
 from luthier.train.evaluation import evaluate
-from luthier.train.job import Job, Programs, compile_steps, load_state, plan_memory, prepare, step_rows
+from luthier.train.job import Job, Programs, compile_steps, load, plan_memory, prepare, step_rows
 from luthier.train.log import Log
 from luthier.train.profile import Profile
 from luthier.train.signals import EXIT_CODES, Stop
+from luthier.train.tuning import Base
 
 
 @dataclass(frozen=True)
 class Run:
-    """A job with its rows, its programs and its place in the world."""
+    """A job with the weights that stay, its rows, its programs and its place in the world."""
 
     job: Job[SftConfig]
+    base: Base | None
     rows: TokenRows
     held_out: TokenRows | None
     programs: Programs
@@ -81,11 +83,11 @@ def run(config: SftConfig) -> None:
             saving.check_done(checkpoints, total, place)
             # Not sooner: compiling cannot be broken off, and nothing that a user mends should wait for it.
             programs = compile_steps(job, sft, background)
-            state, data_state = load_state(job, checkpoints)
-            this = Run(job, rows, held_out, programs, place, console, stop)
+            base, state, data_state = load(job, checkpoints)
+            this = Run(job, base, rows, held_out, programs, place, console, stop)
             state, evaluations = train(this, checkpoints, state, data_state)
-        report.export(job, "sft", state.params, tokenizer, place / "model")
-        report.summary(console, place, evaluations)
+        report.export(job, "sft", base, state.params, tokenizer, place)
+        report.summary(console, place, evaluations, job.tuning)
 
 
 def train(
@@ -116,7 +118,7 @@ def train(
             item = next(loader)
             batch = step.place(item["batch"], job.mesh, accumulate=config.gradient_accumulation_steps)
             learning_rate = rate(number - 1)
-            state, values = advance(state, batch, np.float32(learning_rate))
+            state, values = advance(state, batch, np.float32(learning_rate), this.base)
             log.push(number, values, item["rows"], learning_rate)
             stopped = this.stop.requested  # read once: a signal that comes later is for the next step
             last = number == total or stopped is not None
@@ -154,7 +156,8 @@ def _look(this: Run, log: Log, evaluations: report.Evaluations, number: int, par
         return
     loader = _batches(this.job, this.held_out, epochs=1.0, shuffle=False, accumulate=1)
     placed = (step.place(item["batch"], this.job.mesh) for item in loader)
-    evaluations[number] = evaluate(this.programs.evaluate.result(), params, placed, this.job.config.eval_steps)
+    program, limit = this.programs.evaluate.result(), this.job.config.eval_steps
+    evaluations[number] = evaluate(program, params, placed, limit, this.base)
     log.evaluation(number, evaluations[number])
 
 

@@ -33,7 +33,9 @@ from luthier.types import Array, Batch, Loss, PolicyBatch
 
 Algorithm = Callable[..., Loss]
 Objective = Callable[[Tree, Any], Loss]
-"""``(params, micro) -> Loss``."""
+"""``(trained, micro) -> Loss``."""
+Weights = Callable[..., Tree]
+"""``(trained, base, key) -> the model's weights``: see ``tuning``."""
 Metrics = dict[str, jax.Array]
 AnyBatch = TypeVar("AnyBatch", Batch, PolicyBatch)
 
@@ -41,7 +43,7 @@ AnyBatch = TypeVar("AnyBatch", Batch, PolicyBatch)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a step takes and gives back: weights, the optimizer's state, and the number of steps taken."""
+    """What a step takes and gives back: what is trained, the optimizer's state, and the number of steps taken."""
 
     params: Tree
     opt_state: Tree
@@ -55,6 +57,11 @@ class Running:
 
     gradient: Tree
     loss: Loss
+
+
+def own(trained: Tree, base: None = None, key: None = None) -> Tree:
+    """Return the weights of a model that is trained whole."""
+    return trained
 
 
 def running(objective: Objective, params: Tree, micro: Any) -> Running:
@@ -107,10 +114,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     compute: Compute,
     balance: Balance = NONE,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
-    """Return ``step(state, batch, learning_rate) -> (state, metrics)``; the state given is donated.
+    weights: Weights = own,
+    dropout: jax.Array | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Return ``step(state, batch, learning_rate, base=None) -> (state, metrics)``; the state given is donated.
 
-    The batch's arrays are ``[A, B, T]``: A micro-batches.
+    The batch's arrays are ``[A, B, T]``: A micro-batches. ``weights`` makes the model's weights of those trained and
+    of the ``base``. ``dropout`` is the key of what is dropped, differently in each step and micro-batch.
     """
 
     def objective(params: Tree, micro: Batch) -> Loss:
@@ -121,20 +131,28 @@ def make_train_step(
         scores = model.score(params, micro, compute, cotangent_BT)
         return balanced(_measured(algorithm, scores, micro), scores.routed, balance)
 
-    def step(state: TrainState, batch: Batch, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, learning_rate: jax.Array, base: Tree = None
+    ) -> tuple[TrainState, Metrics]:
+        key = None if dropout is None else jax.random.fold_in(dropout, state.step)
+
+        def of_micro(number: jax.Array, micro: Batch) -> Running:
+            of_own = None if key is None else jax.random.fold_in(key, number)
+            return running(lambda own, micro: objective(weights(own, base, of_own), micro), state.params, micro)
+
         with compute.precision():
-            total = _accumulated(lambda micro: running(objective, state.params, micro), batch)
+            total = _accumulated(of_micro, batch)
         return updated(optimizer, state, total, learning_rate)
 
     return jax.jit(step, donate_argnums=0, compiler_options=cpu.compiler_options())
 
 
-def make_eval_step(model: Model, algorithm: Algorithm, compute: Compute) -> Callable[[Tree, Batch], Loss]:
-    """Return ``evaluate(params, batch) -> Loss`` over a batch ``[B, T]``."""
+def make_eval_step(model: Model, algorithm: Algorithm, compute: Compute, weights: Weights = own) -> Callable[..., Loss]:
+    """Return ``evaluate(trained, batch, base=None) -> Loss`` over a batch ``[B, T]``; ``weights`` as for a step."""
 
-    def evaluate(params: Tree, batch: Batch) -> Loss:
+    def evaluate(trained: Tree, batch: Batch, base: Tree = None) -> Loss:
         with compute.precision():
-            scores = model.score(params, batch, compute)
+            scores = model.score(weights(trained, base), batch, compute)
         return _measured(algorithm, scores, batch)
 
     return jax.jit(evaluate)
@@ -177,13 +195,14 @@ def place(batch: AnyBatch, mesh: Mesh, *, accumulate: int | None = None) -> AnyB
     return jax.tree.map(put, batch)
 
 
-def _accumulated(of_micro: Callable[[Batch], Running], batch: Batch) -> Running:
-    """Add up over the leading axis, holding one running sum."""
-    first = jax.tree.map(lambda x: x[0], batch)
-    if batch.tokens_BT.shape[0] == 1:
-        return of_micro(first)
-    start = nothing(jax.eval_shape(of_micro, first))
-    return jax.lax.scan(lambda total, micro: (added(total, of_micro(micro)), None), start, batch)[0]
+def _accumulated(of_micro: Callable[[jax.Array, Batch], Running], batch: Batch) -> Running:
+    """Add up over the leading axis, holding one running sum; micro-batches are numbered from 0."""
+    numbers_A = jnp.arange(batch.tokens_BT.shape[0])
+    first = jax.tree.map(lambda x: x[0], (numbers_A, batch))
+    if len(numbers_A) == 1:
+        return of_micro(*first)
+    start = nothing(jax.eval_shape(of_micro, *first))
+    return jax.lax.scan(lambda total, micro: (added(total, of_micro(*micro)), None), start, (numbers_A, batch))[0]
 
 
 def _measured(algorithm: Algorithm, scores: TokenScores, batch: Batch) -> Loss:

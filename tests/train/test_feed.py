@@ -42,7 +42,7 @@ class Sampler:
 
 
 def ahead(sampler: Any, staleness: int, last: int = 6) -> Ahead:
-    return Ahead(sampler, {}, number=1, last=last, position=0, staleness=staleness)
+    return Ahead(sampler, lambda trained: trained, {}, number=1, last=last, position=0, staleness=staleness)
 
 
 @pytest.mark.timeout(60)
@@ -153,7 +153,7 @@ def test_closing_breaks_off_a_step_and_a_question() -> None:
 
 def test_in_turn_each_step_is_sampled_when_asked_for() -> None:
     sampler: Any = Sampler()
-    feed = InTurn(sampler, number=3, position=7)
+    feed = InTurn(sampler, lambda trained: trained, number=3, position=7)
     assert (feed.next().number, feed.next().position) == (3, 9)
     feed.publish({}, 4)
     assert feed.ask(lambda asked, between: asked.version) == 4

@@ -12,6 +12,7 @@ from luthier.memory import GIB
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.train import memory, optimizer, step
+from luthier.train.tuning import Tuning
 from luthier.types import Batch
 from tiny import TINY
 
@@ -43,7 +44,7 @@ def compiled_bytes(keys: SftConfig, rows: int, compute: Compute) -> float:
 @pytest.mark.parametrize("policy", ["dots", "full"])
 def test_the_estimate_is_near_the_compilers_count(policy: str) -> None:
     keys, compute = config(remat_policy=policy), Compute(remat=policy)
-    plan = memory.estimate(keys, MODEL, mesh_lib.make(keys, jax.devices()[:1]), compute, **ROWS)
+    plan = memory.estimate(keys, Tuning(MODEL), mesh_lib.make(keys, jax.devices()[:1]), compute, **ROWS)
     for rows in (4, 16):
         actual = compiled_bytes(keys, rows, compute)
         assert plan.total(rows) - memory.PROCESS == pytest.approx(actual, rel=0.35), rows
@@ -64,5 +65,5 @@ def test_a_plan_over_the_limit_says_what_fits() -> None:
 
 def test_more_devices_take_less_each() -> None:
     meshes = [mesh_lib.make(config(), jax.devices()[:n]) for n in (1, 8)]
-    one, eight = (memory.estimate(config(), MODEL, mesh, Compute(), **ROWS) for mesh in meshes)
+    one, eight = (memory.estimate(config(), Tuning(MODEL), mesh, Compute(), **ROWS) for mesh in meshes)
     assert eight.fixed < one.fixed

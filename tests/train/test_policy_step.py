@@ -69,7 +69,7 @@ class Steps:
         running = self.programs.start.result()(np.float32(0))
         for micro in pack(ours, self.layout):
             placed = step.place(micro.batch, self.mesh)
-            running = self.programs.accumulate.result()(self.state.params, running, placed)
+            running = self.programs.accumulate.result()(self.state.params, running, placed, None)
         self.state, metrics = self.programs.apply.result()(self.state, running, np.float32(learning_rate))
         return {name: float(value) for name, value in metrics.items()}
 
@@ -78,7 +78,7 @@ class Steps:
         packed = pack(ours, self.layout)
         placed = [policy_step.unscored(step.place(micro.batch, self.mesh)) for micro in packed]
         score = self.programs.score.result()
-        return unpack(packed, [np.asarray(score(self.state.params, micro)) for micro in placed], ours)
+        return unpack(packed, [np.asarray(score(self.state.params, micro, None)) for micro in placed], ours)
 
 
 def one_step(layout: Layout, *, kind: str = "llama", devices: int = 1, policy: Policy = POLICY, **keys: int) -> tuple:

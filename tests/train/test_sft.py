@@ -148,6 +148,7 @@ def test_sigterm_saves_and_exits_143(whole: Path, tmp_path: Path, tiny_model: Pa
     assert 7 <= saved[0] < STEPS
     assert f"Stopped by SIGTERM after step {saved[0]}" in output
     done = run(tmp_path, *keys)
+    assert done.returncode == 0, done.stderr
     assert f"Going on after step {saved[0]}" in done.stdout
     same_steps(whole, tmp_path)
 

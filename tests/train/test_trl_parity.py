@@ -1,4 +1,4 @@
-"""Loss curves against TRL's `SFTTrainer`: the same model, rows, order and hyper-parameters, in fp32.
+"""Loss curves against TRL's `SFTTrainer`, adapters against PEFT's in it: the same model, rows and settings, fp32.
 
 Both sides are run as users run them: `luthier sft` as a process here, TRL as one process for all curves, by the
 interpreter in TRL_PYTHON (default: the tests' own).
@@ -22,7 +22,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,12 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Curve:
-    """One training run, as our keys and as TRL's arguments."""
+    """One training run, as our keys and as TRL's arguments; ``adapter`` are PEFT's, whose fresh adapter both train."""
 
     rows: str
     ours: dict[str, Any]
     theirs: dict[str, Any]
+    adapter: dict[str, Any] = field(default_factory=dict)
 
 
 SHARED = (
@@ -94,6 +95,18 @@ CURVES = {
         | {"warmup_steps_fraction": 0.0, "learning_rate_final_fraction": 0.1},
         {"max_grad_norm": 0.0, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
     ),
+}
+_ADAPTED = Curve(
+    "messages",
+    {"learning_rate": 1e-2, "gradient_accumulation_steps": 2, "gradient_clipping_threshold": 0.5}
+    | {"lr_schedule_type": "linear", "warmup_steps_fraction": 0.0, "learning_rate_final_fraction": 0.0},
+    {"learning_rate": 1e-2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    | {"lr_scheduler_type": "linear", "assistant_only_loss": True},
+)
+CURVES |= {
+    "lora": replace(_ADAPTED, adapter={"r": 8, "lora_alpha": 16}),
+    "rslora": replace(_ADAPTED, adapter={"r": 16, "lora_alpha": 8, "use_rslora": True}),
+    "dora": replace(_ADAPTED, adapter={"r": 4, "lora_alpha": 8, "use_dora": True}),
 }
 
 
@@ -160,13 +173,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def theirs(place: Path) -> dict[str, Any]:
     """{curve: its log and rows} of TRL, all from one process."""
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('trl') is None)"
+    probe = "import importlib.util as of, sys; sys.exit(None in (of.find_spec('trl'), of.find_spec('peft')))"
     if subprocess.run([PYTHON, "-c", probe], check=False).returncode:
-        pytest.skip(f"{PYTHON} has no trl: install the extra `trl`, or name another in TRL_PYTHON")
+        pytest.skip(f"{PYTHON} has no trl or no peft: install the extra `trl`, or name another in TRL_PYTHON")
     plan = {
         name: {
             "rows": str(place / f"{curve.rows}.jsonl"),
             "settings": SHARED[1] | {"max_steps": STEPS, "max_length": LENGTH} | curve.theirs,
+            "adapter": curve.adapter,
+            "begin": str(place / f"begin {name}"),
         }
         for name, curve in CURVES.items()
     }
@@ -185,6 +200,7 @@ def arguments(place: Path, name: str) -> list[str]:
     keys |= {"run_name": name.split(",")[0], "base_output_directory": place / "runs", "steps": STEPS}
     keys |= {"model_name": place / "model", "hf_path": place / f"{CURVES[name].rows}.jsonl", "dtype": "float32"}
     keys |= {"max_target_length": LENGTH, "packing": False, "enable_data_shuffling": False}
+    keys |= {"lora_path": place / f"begin {name}"} if CURVES[name].adapter else {}
     keys |= {"grain_worker_count": 0, "enable_checkpointing": False, "jax_cache_dir": ROOT / ".cache" / "jax"}
     return [f"{key}={value}" for key, value in keys.items()]
 
@@ -226,7 +242,7 @@ def test_curves_equal(place: Path, theirs: dict[str, Any], name: str) -> None:
 
 def test_the_curves_reach_what_they_are_named_for(theirs: dict[str, Any]) -> None:
     """Clipping bites, rows differ in length, and some were cut."""
-    name, other, _ = CURVES
+    name, other, *_ = CURVES
     assert min(row["grad_norm"] for row in theirs[name]["log"]) > CURVES[name].ours["gradient_clipping_threshold"]
     lengths = [len(row["ids"]) for row in theirs[name]["rows"]]
     assert min(lengths) < LENGTH // 2

@@ -2,7 +2,8 @@
 
     python trl_curve.py curves.json
 
-The file holds `{"model": folder, "curves": {name: {"rows": file, "settings": SFTConfig's arguments}}}`. The answer, one
+The file holds `{"model": folder, "curves": {name: {"rows": file, "settings": SFTConfig's arguments, "adapter":
+LoraConfig's or none, "begin": folder}}}`. A fresh adapter is saved in `begin` before it is trained. The answer, one
 line of JSON on stdout, gives for each name `log` (a row a step) and `rows` (token ids and labels as trained on).
 """
 
@@ -16,7 +17,20 @@ from pathlib import Path
 from typing import Any
 
 
-def curve(model: str, rows: str, settings: dict[str, Any], output: str) -> dict[str, Any]:
+def adapted(model: Any, adapter: dict[str, Any], begin: str) -> Any:
+    """Return the model with a fresh adapter, which is saved as it begins."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **adapter))
+    model.save_pretrained(begin)
+    return model
+
+
+def curve(
+    model: str, rows: str, settings: dict[str, Any], adapter: dict[str, Any], begin: str, output: str
+) -> dict[str, Any]:
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -33,8 +47,9 @@ def curve(model: str, rows: str, settings: dict[str, Any], output: str) -> dict[
         "report_to": "none",
         "disable_tqdm": True,
     }
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=adapted(base, adapter, begin) if adapter else base,
         args=SFTConfig(**fixed, **settings),
         train_dataset=load_dataset("json", data_files=rows, split="train", cache_dir=output),
         processing_class=PreTrainedTokenizerFast.from_pretrained(model),
