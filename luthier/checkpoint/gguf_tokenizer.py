@@ -31,8 +31,20 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Qwen's cuts digits one by one, Llama's by threes; else they are one.
-_SPLITS = {"llama3": _LLAMA3, "qwen2": _LLAMA3.replace("{1,3}", ""), "tekken": _TEKKEN}
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _ENDINGS + "|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _ENDINGS + "|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Qwen's cuts digits one by one, Llama's by threes; else they are one. Phi-4 has DBRX's, and its small model GPT-4o's.
+_SPLITS = {
+    "llama3": _LLAMA3,
+    "dbrx": _LLAMA3,
+    "qwen2": _LLAMA3.replace("{1,3}", ""),
+    "tekken": _TEKKEN,
+    "gpt4o": _GPT4O,
+}
 _RULES = {
     "gpt-2": "gpt2",
     "smollm": "digits",
@@ -44,6 +56,8 @@ _RULES = {
     "qwen2": "qwen2",
     "deepseek-r1-qwen": "qwen2",
     "tekken": "tekken",
+    "dbrx": "dbrx",
+    "gpt-4o": "gpt4o",
 }
 WHOLE_WORDS = ("llama3", "tekken")
 """Rules whose texts begin with bos unless the file says otherwise, and whose whole words are taken without merges."""

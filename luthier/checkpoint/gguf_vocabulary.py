@@ -19,7 +19,15 @@ from luthier.errors import UserError
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
 # The name that each rule of the reader is written by.
-_NAMES = {"gpt2": "gpt-2", "digits": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2", "tekken": "tekken"}
+_NAMES = {
+    "gpt2": "gpt-2",
+    "digits": "smollm",
+    "llama3": "llama-bpe",
+    "dbrx": "dbrx",
+    "qwen2": "qwen2",
+    "tekken": "tekken",
+    "gpt4o": "gpt-4o",
+}
 _SPACE = "▁"
 _PROBES = (
     "It's what we'll do; I'M sure THEY'RE not. don't",

@@ -215,8 +215,8 @@ def _parameters(config: Mapping[str, Any], place: Path) -> tuple[str, ...]:
     for name in named:
         if name.rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
             raise UserError(
-                f"{place / CONFIG}: target_parameters names {name}, which is not supported: of parameters only experts' "
-                "gate_up_proj and down_proj can be adapted. Merge the adapter with PEFT (merge_and_unload)."
+                f"{place / CONFIG}: target_parameters names {name}, which is not supported: of parameters only "
+                "experts' gate_up_proj and down_proj can be adapted. Merge the adapter with PEFT (merge_and_unload)."
             )
     return tuple(name if "experts." in name else f"experts.{name}" for name in named)
 

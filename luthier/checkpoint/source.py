@@ -96,7 +96,7 @@ def resolve(keys: SourceKeys) -> Source:
     key = "model_name" if name == keys.model_name else "load_parameters_path"
     source = _find(name, key, keys.hf_access_token, base="" if key == "model_name" else keys.model_name)
     if random:
-        return replace(source, kind="random")
+        return replace(source, kind="random", adapter=None)
     return source
 
 

@@ -25,6 +25,8 @@ CONFIG = "tokenizer_config.json"
 def load(source: Source, tokenizer_path: str = "", token: str | None = None) -> PreTrainedTokenizerFast:
     """Return the tokenizer at ``tokenizer_path`` (folder, hub id or ``.gguf``), by default the model's own.
 
+    Of a model with an adapter that is the adapter's, where it brought one.
+
     A tokenizer.json is taken as it stands, by the class that adds nothing to it: the class that a config names may
     rebuild the cutting rules from its own defaults. Raises UserError where there is none, or it cannot be read.
     """
@@ -62,7 +64,8 @@ def save(tokenizer: PreTrainedTokenizerFast, folder: Path, chat_template: str = 
 
 def _path(source: Source, tokenizer_path: str, token: str | None) -> Path:
     if not tokenizer_path:
-        return source.path
+        own = source.adapter  # which may have been trained with another chat template, or with more tokens
+        return own if own is not None and (own / "tokenizer.json").is_file() else source.path
     path = Path(tokenizer_path).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

@@ -27,8 +27,9 @@ def multiplied(decoder: Decoder) -> float:
 def flops_per_token(decoder: Decoder, length: int, *, frozen: bool = False) -> float:
     """Return the FLOPs of training on one token of rows of ``length`` tokens, recomputation not counted.
 
-    6 for each weight that multiplies (4 where weights are ``frozen``: they have no gradient), and 6 for each number of a query and a value and each position they meet (PaLM,
-    arXiv 2204.02311, appendix B), which are half of the row's, since attention is causal, or fewer in a window.
+    6 for each weight that multiplies (4 where weights are ``frozen``: they have no gradient), and 6 for each number
+    of a query and a value and each position they meet (PaLM, arXiv 2204.02311, appendix B), which are half of the
+    row's, since attention is causal, or fewer in a window.
     """
     attention = 0.0
     for layer in decoder.layers:

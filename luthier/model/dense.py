@@ -144,6 +144,7 @@ def scaled(inner: jax.Array, w: Lora) -> jax.Array:
 
 def dora_factor(einsum: str, w: Lora) -> jax.Array:
     """Return what DoRA multiplies each output with, fp32 ``[O]``: the magnitude over the norm, which is constant."""
+    assert w.magnitude is not None
     return w.magnitude / _row_norms(einsum, w)
 
 

@@ -34,9 +34,9 @@ class Lora:
 
     ``base`` is an array or a quantised weight, ``a`` fp32 ``[..., r, in]`` and ``b`` fp32 ``[..., out, r]``; all have
     the same leading, stacked axes, so that a scan slices them together. ``magnitude`` ``[..., out]`` makes it DoRA
-    (arXiv 2402.09353), for which ``norms`` ``[..., out]`` are those of the sum's rows where they are known (``settled``).
-    ``key`` is raw key data ``[..., 2]`` of a dropout at ``rate``, None for none. ``gate_BR`` fp32
-    ``[..., B, r]`` stands in for ``scale`` where rows of a batch have adapters of their own.
+    (arXiv 2402.09353); ``norms`` ``[..., out]`` are then those of the sum's rows, where they are known (``settled``).
+    ``key`` is raw key data ``[..., 2]`` of a dropout at ``rate``, None for none. ``gate_BR`` fp32 ``[..., B, r]``
+    stands in for ``scale`` where rows of a batch have adapters of their own.
     """
 
     base: Any

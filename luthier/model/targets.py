@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import einops
 import jax
@@ -83,7 +84,7 @@ class Member:
         place = (*[slice(None)] * (whole.ndim + axis), *self._own_rows)
         return split.at[place].set(own.reshape(split[place].shape)).reshape(whole.shape)
 
-    def matrix(self, weight: jax.Array) -> jax.Array:
+    def matrix(self, weight: Any) -> jax.Array:
         """Return a weight, an array or quantised, as fp32 ``[..., rows, columns]``."""
         if hasattr(weight, "matrix"):
             return weight.matrix(jnp.float32)

@@ -44,6 +44,9 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "multimodal": ("gemma3", {"target_modules": r".*language_model.*\.(q_proj|down_proj)"}),
 }
 
+_FAST = ("rslora", "dora", "experts", "joined")
+CASES = [pytest.param(name, marks=() if name in _FAST else pytest.mark.slow) for name in ADAPTERS]
+
 
 def write_base(folder: Path, config: dict[str, Any]) -> Any:
     """Write Transformers' model of this config as a checkpoint with a tokenizer, and return it."""

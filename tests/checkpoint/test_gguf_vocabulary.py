@@ -35,7 +35,7 @@ def same(ours, theirs, texts=(*TEXTS, *MORE)):
         assert getattr(ours, f"{name}_token_id") == getattr(theirs, f"{name}_token_id"), name
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"])
 def test_a_byte_level_tokenizer_is_written_by_the_name_of_its_rule(tmp_path, pre):
     extra = ["<|begin|>", "<|end|>", "12", "123", "Ġt", "at"]
     tokenizer, _ = byte_level(

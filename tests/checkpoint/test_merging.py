@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from folders import keys, one_device, write_folder
-from peft_models import ADAPTERS, CONFIGS, write_adapter, write_base
+from folders import keys, one_device, tiny_tokenizer, write_folder
+from peft_models import ADAPTERS, CASES, CONFIGS, write_adapter, write_base
 
 from luthier.checkpoint import huggingface, merging, peft
+from luthier.checkpoint import tokenizer as tokenizer_lib
 from luthier.checkpoint.source import merge, resolve
 from luthier.errors import UserError
 from luthier.model import lora
@@ -27,7 +28,7 @@ def pair(tmp_path, name, **more):
     return theirs, resolve(keys(tmp_path / "adapter", model_name=str(tmp_path / "base")))
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", CASES)
 def test_what_is_read_of_an_adapter_is_pefts_merged_model(tmp_path, name):
     theirs, source = pair(tmp_path, name)
     wanted = stored_tensors(theirs.merge_and_unload())
@@ -119,6 +120,13 @@ def test_an_adapter_without_its_base_is_refused(tmp_path, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
         resolve(keys(tmp_path / "adapter"))
+
+
+def test_the_tokenizer_that_came_with_an_adapter_is_taken(tmp_path):
+    _, source = pair(tmp_path, "lora")
+    assert tokenizer_lib.load(source).chat_template == tiny_tokenizer().chat_template
+    tokenizer_lib.save(tiny_tokenizer(), tmp_path / "adapter", chat_template="{{ 'mine' }}")
+    assert tokenizer_lib.load(source).chat_template == "{{ 'mine' }}"
 
 
 def test_adapters_are_not_stacked(tmp_path):

@@ -8,13 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from folders import keys, one_device, stored, tiny_tokenizer
-from peft_models import ADAPTERS, CONFIGS, write_adapter, write_base
+from peft_models import ADAPTERS, CASES, CONFIGS, write_adapter, write_base
 
-from luthier.checkpoint import peft, tensors
+from luthier.checkpoint import huggingface, peft, tensors
 from luthier.checkpoint.source import resolve
 from luthier.errors import UserError
 from luthier.model import lora
+from luthier.model.compute import Compute
 from luthier.model.model import Model
+from luthier.types import Batch
 
 pytest.importorskip("torch", reason="PEFT needs torch")
 
@@ -36,7 +38,7 @@ def loaded(base, folder):
     return source, model, adapter, spec, peft.load(folder, spec, one_device())
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", CASES)
 def test_pefts_adapter_is_saved_again_bit_for_bit(tmp_path, name):
     kind, told = ADAPTERS[name]
     write_adapter(tmp_path / "theirs", write_base(tmp_path / "base", CONFIGS[kind]), **told)
@@ -53,7 +55,7 @@ def test_pefts_adapter_is_saved_again_bit_for_bit(tmp_path, name):
     assert written["base_model_name_or_path"] == str(tmp_path / "base")
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", CASES)
 def test_peft_loads_what_we_save_and_computes_the_same(tmp_path, name):
     import torch
     from peft import PeftModel
@@ -68,6 +70,26 @@ def test_peft_loads_what_we_save_and_computes_the_same(tmp_path, name):
         plain = theirs.unload()
         found = PeftModel.from_pretrained(plain, tmp_path / "ours").eval()(tokens_BT).logits
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_our_model_computes_what_pefts_does(tmp_path, name):
+    import torch
+
+    kind, told = ADAPTERS[name]
+    theirs = write_adapter(tmp_path / "theirs", write_base(tmp_path / "base", CONFIGS[kind]), **told)
+    source, model, adapter, _, weights = loaded(tmp_path / "base", tmp_path / "theirs")
+    base = huggingface.load(source, model.spec, jnp.float32, one_device(), model.config.ignored)
+    params = lora.attach(model.spec, base, adapter, weights)
+    tokens_BT = np.random.default_rng(0).integers(0, 256, (2, 16), dtype=np.int32)
+    ones_BT = np.ones_like(tokens_BT)
+    batch = Batch(tokens_BT, np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16)), ones_BT, ones_BT)
+    ours = jax.jit(lambda params: jax.nn.log_softmax(model.logits(params, batch, Compute())))(params)
+    with torch.no_grad():
+        wanted = torch.log_softmax(theirs(torch.from_numpy(tokens_BT).long()).logits, -1).numpy()
+        plain = torch.log_softmax(theirs.unload()(torch.from_numpy(tokens_BT).long()).logits, -1).numpy()
+    np.testing.assert_allclose(ours, wanted, atol=1e-4, rtol=0)
+    assert np.abs(wanted - plain).max() > 1e-2
 
 
 def test_pissa_is_saved_as_an_adapter_of_the_unchanged_base(tmp_path):

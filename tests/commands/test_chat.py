@@ -76,7 +76,7 @@ class Scripted:
 def voice(engine, name: str = "tiny", **generation) -> Voice:
     source = Source("huggingface", name, Path(name), {"eos_token_id": 2}, generation_config=generation)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=len(WORDS)))
-    return Voice(SimpleNamespace(source=source, model=model, tokenizer=WORDS), engine, Rendering())
+    return Voice(SimpleNamespace(name=name, source=source, model=model, tokenizer=WORDS), engine, Rendering())
 
 
 def session(*voices: Voice, **keys: object) -> Session:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import tiny
 from luthier.model import lora, param, targets
 from luthier.model.lora import Adapter
 from luthier.model.model import Model
@@ -110,7 +109,3 @@ def unmatrix(member: targets.Member, matrix: np.ndarray) -> np.ndarray:
     sizes = dict(zip(member.param.names, member.param.slice_shape, strict=True))
     pattern = f"... ({out}) ({into}) -> ... {' '.join(names)}"
     return einops.rearrange(matrix, pattern, **{name: sizes[name] for name in names})
-
-
-def twin_of(config: dict[str, Any]) -> Any:
-    return tiny.torch_twin(config)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import TOLERANCE as ROUNDING
 from compare import assert_close
 from test_cached_forward import pieces_logp
 
@@ -36,7 +37,7 @@ DORA = Adapter(4, 8.0, dora=True, targets=LINEAR)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 KINDS = [*tiny.KINDS]
 kinds_first = pytest.mark.parametrize(
-    "kind", [kind if kind in ("llama", "deepseek-v3") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    "kind", [kind if kind == "llama" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
 both_ways = pytest.mark.parametrize("adapter", [PLAIN, DORA], ids=["lora", "dora"])
 
@@ -122,7 +123,7 @@ def test_adapted_is_merged(kind: str, adapter: Adapter) -> None:
 
 
 @pytest.mark.parametrize("adapter", [PLAIN, DORA], ids=["lora", "dora"])
-@pytest.mark.parametrize("quantization", ["", "nf4"])
+@pytest.mark.parametrize("quantization", ["", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_latent_attention_with_a_past_is_that_without(adapter: Adapter, quantization: str) -> None:
     """Where queries go into the space of small vectors, adapters go with them."""
     model = tiny.kind_model("deepseek-v3")
@@ -150,7 +151,9 @@ def test_fresh_adapters_change_nothing(kind: str) -> None:
         params = lora.attach(model.spec, base, adapter, adapters, origin=adapters if origin else None)
         return logits(model, params)
 
-    np.testing.assert_array_equal(start(PLAIN), wanted)
+    if kind == "llama":  # others' programs are fused in other ways with an adapter than without
+        np.testing.assert_array_equal(start(PLAIN), wanted)
+    assert_close(start(PLAIN), wanted)
     assert_close(start(DORA), wanted)
     assert_close(start(dataclasses.replace(PLAIN, init="pissa"), origin=True), wanted)
     assert lora.attach(model.spec, base, PLAIN, None) is base
@@ -232,7 +235,7 @@ PARALLEL = {
     ("kind", "adapter", "quantization"),
     [
         ("llama", DORA, ""),
-        ("deepseek-v3", PLAIN, ""),
+        pytest.param("deepseek-v3", PLAIN, "", marks=pytest.mark.slow),
         pytest.param("deepseek-v3", PLAIN, "nf4", marks=pytest.mark.slow),
         pytest.param("deepseek-v3", DORA, "int8", marks=pytest.mark.slow),
         pytest.param("llama", PLAIN, "int4", marks=pytest.mark.slow),
@@ -266,8 +269,14 @@ def test_fresh_adapters_are_the_same_on_eight_devices() -> None:
         assert tensor.sharding.is_equivalent_to(mesh_lib.sharding(axes.axes, axes.shape, eight), tensor.ndim)
 
 
-@pytest.mark.parametrize("quantization", quant.KINDS)
-@pytest.mark.parametrize("kind", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [
+        ("qwen3-moe", "nf4"),
+        *(pytest.param("qwen3-moe", kind, marks=pytest.mark.slow) for kind in ("int8", "int4")),
+        *(pytest.param("llama", kind, marks=pytest.mark.slow) for kind in quant.KINDS),
+    ],
+)
 def test_a_quantised_base_is_the_one_that_it_stands_for(kind: str, quantization: str) -> None:
     """Values and gradients, with adapters and through the product with the codes."""
     model = tiny.kind_model(kind)
@@ -283,7 +292,7 @@ def test_a_quantised_base_is_the_one_that_it_stands_for(kind: str, quantization:
     assert_gradients_close(found, wanted)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_what_is_computed_again_changes_nothing(remat: str) -> None:
     model, base = tiny.kind_model("llama"), base_of("llama")
     adapter = dataclasses.replace(DORA, dropout=0.5)
@@ -294,15 +303,17 @@ def test_what_is_computed_again_changes_nothing(remat: str) -> None:
     assert_gradients_close(found, wanted)
 
 
-def test_gradients_of_a_bf16_model_are_fp32() -> None:
-    model = tiny.kind_model("llama")
-    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base_of("llama"))
-    adapters = adapting.random_adapters(model, PLAIN)
-    _, exact = gradient(model, base, PLAIN, adapters)
-    _, found = gradient(model, base, PLAIN, adapters, Compute(dtype=jnp.bfloat16))
-    for path, tensor in param.leaves(found).items():
-        assert tensor.dtype == jnp.float32
-        assert_close(tensor, param.leaves(exact)[path], 0.1)
+def test_gradients_of_a_bf16_product_are_fp32() -> None:
+    random = np.random.default_rng(0)
+    w, a, b, x = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((6, 5), (2, 6), (5, 2), (1, 64, 6)))
+
+    def of(a: Any, b: Any, dtype: Any) -> Any:
+        y = dense("BTD,DF->BTF", x.astype(dtype), Lora(w.astype(jnp.bfloat16).astype(dtype), a, b, scale=0.5))
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    for ours, exact in zip(*(jax.grad(of, (0, 1))(a, b, dtype) for dtype in (jnp.bfloat16, jnp.float32)), strict=True):
+        assert ours.dtype == jnp.float32
+        assert_close(ours, exact, ROUNDING["bfloat16"])
 
 
 def test_dropout_drops_what_it_says() -> None:
@@ -340,7 +351,7 @@ def test_dropout_with_dora_drops_of_the_base_what_dora_adds() -> None:
     assert_close(dense("BTD,FD->BTF", jnp.asarray(x, jnp.float32)[None], leaf)[0], wanted)
 
 
-@pytest.mark.parametrize("kind", ["llama", "deepseek-v3"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("deepseek-v3", marks=pytest.mark.slow)])
 def test_rows_of_a_batch_have_adapters_of_their_own(kind: str) -> None:
     """Two adapters as one of both ranks, and a gate that opens for each row its own."""
     model, base = tiny.kind_model(kind), base_of(kind)
@@ -403,14 +414,13 @@ def products(model: Model, remat: str, announced: bool, adapter: Adapter | None)
 @pytest.mark.parametrize(
     ("kind", "remat", "announced"),
     [
-        ("llama", "none", True),
-        ("llama", "dots", False),
+        ("llama", "dots", True),
         *(
             pytest.param(kind, remat, announced, marks=pytest.mark.slow)
             for kind in ("llama", "qwen3-moe", "deepseek-v3")
             for remat in ("none", "full", "dots")
             for announced in (False, True)
-            if (kind, remat, announced) not in (("llama", "none", True), ("llama", "dots", False))
+            if (kind, remat, announced) != ("llama", "dots", True)
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import adapters as adapting
@@ -10,13 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_close
+from family_variants import VARIANTS
 
 import tiny
-from luthier.model import lora
+from luthier import mesh as mesh_lib
+from luthier.config import ModelKeys
+from luthier.model import lora, param
 from luthier.model.compute import Compute
 from luthier.model.lora import Adapter
 from luthier.model.model import Model
 from luthier.types import Batch
+
+pytest.importorskip("peft")
 
 TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
@@ -79,8 +86,54 @@ def compare(config: dict[str, Any], adapter: Adapter) -> None:
         np.testing.assert_allclose(tensor, wanted, atol=GRADIENT_TOLERANCE * np.abs(wanted).max(), rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", tiny.KINDS)
+# Each kind's weights once, and each way once where it differs, with the fast tests.
+FIRST = {("llama", "rslora"), ("llama", "dora"), ("deepseek-v3", "lora")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        (kind, way) if (kind, way) in FIRST else pytest.param(kind, way, marks=pytest.mark.slow)
+        for kind in tiny.KINDS
+        for way in WAYS
+    ],
+)
 def test_log_probs_and_gradients_equal_pefts(kind: str, way: str) -> None:
-    pytest.importorskip("peft")
     compare(tiny.KINDS[kind], WAYS[way])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["lora", "dora"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.endswith("-old")])
+def test_every_familys_variants_equal_pefts(name: str, way: str) -> None:
+    compare(VARIANTS[name].config, WAYS[way])
+
+
+@pytest.mark.parametrize("kind", ["llama", "deepseek-v3", pytest.param("gpt-oss", marks=pytest.mark.slow)])
+def test_tensors_are_named_and_shaped_as_in_pefts_file(kind: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    config = tiny.KINDS[kind] if kind in tiny.KINDS else VARIANTS[kind].config
+    model = Model.from_hf(config, kind)
+    for way in ("lora", "dora"):
+        adapted = adapting.peft_twin(tiny.torch_twin(config), model, WAYS[way])
+        adapted.save_pretrained(tmp_path / way)
+        saved = load_file(tmp_path / way / "adapter_model.safetensors")
+        declared = param.tensor_shapes(lora.spec(model.spec, WAYS[way]))
+        assert {name: tensor.shape for name, tensor in saved.items()} == declared
+
+
+@pytest.mark.slow
+def test_pissa_begins_as_pefts() -> None:
+    """The adapter's product is PEFT's; its factors may differ in sign."""
+    adapter = Adapter(4, 8.0, targets=("q_proj",), init="pissa")
+    twin = tiny.torch_twin(tiny.KINDS["llama"])
+    model = tiny.kind_model("llama")
+    base = tiny.params_from_torch(model.spec, twin)
+    here = mesh_lib.make(ModelKeys(), jax.devices()[:1])
+    ours = lora.initialise(model.spec, base, adapter, jax.random.key(0), here)["layers"]["0"]["attention"]["q_proj"]
+    state = adapting.peft_twin(twin, model, adapter, init_lora_weights="pissa").state_dict()
+    for layer in range(3):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        a, b = (state[f"{name}.lora_{letter}.default.weight"].numpy() for letter in "AB")
+        assert_close(ours["b"][layer] @ ours["a"][layer], b @ a, 1e-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -169,3 +170,30 @@ def test_released_models_quantised_are_shared_out_over_eight_devices(name: str, 
     eight, spec = mesh_lib.make(ModelKeys(ici_fsdp_parallelism=8)), published(name).spec
     whole = bytes_held(quant.abstract(spec, kind, jnp.bfloat16, one_device()))
     assert bytes_held(quant.abstract(spec, kind, jnp.bfloat16, eight)) < 1.1 * whole / 8
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_codes_travel_between_devices_and_floats_do_not(kind: str, sizes: dict[str, int]) -> None:
+    """What is gathered of weights in the compiled program: bytes. Floats of the size of a weight are not."""
+    here = mesh_lib.make(ModelKeys(**{f"ici_{axis}_parallelism": size for axis, size in sizes.items()}))
+    model, rows = (
+        Model.from_hf(tiny.TINY | {"hidden_size": 512, "intermediate_size": 1024}, "x"),
+        tiny.make_batch(8, 16),
+    )
+    base = quant.abstract(model.spec, kind, jnp.float32, here)
+    with mesh_lib.use(here):
+        norms = {name: layers["before_attention"] for name, layers in base["layers"].items()}
+        program = jax.jit(jax.grad(functools.partial(loss, model, rows))).lower(norms, base).compile()
+    gathers = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", program.as_text())
+    found = {(dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in gathers if shape}
+    codes_of_down = 512 * 1024 // (2 if kind == "nf4" else 1) // sizes.get("tensor", 1)
+    assert ({"nf4": "u8", "int8": "s8"}[kind], codes_of_down) in found
+    head = 256 * 512
+    assert max(size for dtype, size in found if dtype in ("f32", "bf16")) <= head
+
+
+def loss(model: Model, rows: Any, norms: Any, base: Any) -> jax.Array:
+    """What the norms of every layer have a gradient of, which passes through all weights."""
+    layers = {name: weights | {"before_attention": norms[name]} for name, weights in base["layers"].items()}
+    return jnp.sum(model.score(base | {"layers": layers}, rows, Compute()).logp_BT)

@@ -106,9 +106,7 @@ def test_dora_is_sampled_as_it_is_trained(quantization: str, place: Any) -> None
     batch = tiny.make_batch(vocab=272)
     found, wanted = (np.asarray(model.logits(each, batch, Compute())) for each in (settled, params))
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-    sampled = engine("llama", params, place)
-    assert sampled._params["layers"]["0"]["attention"]["o"].norms is not None
-    assert len(completed(sampled, [Request(prompts(1)[0], 1, GREEDY)])[0, 0].tokens_T) == 9
+    assert engine("llama", params, place)._params["layers"]["0"]["attention"]["o"].norms is not None
 
 
 @pytest.mark.parametrize("axes", [(2, 2, 2), pytest.param((1, 8, 1), marks=SLOW)])
