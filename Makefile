@@ -30,7 +30,7 @@ OTHER_PYTHON := other-python
 endif
 endif
 
-.PHONY: demo demo-rl test test-slow lint types docs families clean other-python
+.PHONY: demo demo-rl test test-slow test-all lint types docs families clean other-python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -43,7 +43,10 @@ test: $(VENV)/.test
 	$(PYTEST)
 
 test-slow: $(VENV)/.slow
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not exhaustive"
+
+test-all: $(VENV)/.slow
+	$(PYTEST) -m "not network and not gpu and not tpu"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -19,6 +19,16 @@ import pytest
 from tiny import ROOT
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `costs.txt` lists."""
+    lines = (Path(__file__).with_name("costs.txt")).read_text(encoding="utf-8").splitlines()
+    costs = {name: mark for mark, _, name in (line.partition(" ") for line in lines if not line.startswith("#"))}
+    for item in items:
+        if mark := costs.get(item.nodeid):
+            item.add_marker(mark)
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real datasets and checkpoints that some machines have beside the repository."""

@@ -103,6 +103,14 @@ class Tuning:
             return self._load(source, mesh, seed, self.weight_dtype)
         return self._begin(base, source, mesh, seed) if base.origin is None else jax.tree.map(jnp.copy, base.origin)
 
+    def exported(self, base: Base, source: Source, mesh: Mesh, seed: int) -> Tree | None:
+        """Return what is to be taken off an adapter, so that it is one of the weights of ``source`` as they are.
+
+        LoftQ's begins as what quantising took from them, which they have.
+        """
+        loftq = self.adapter is not None and self.adapter.init == "loftq"
+        return self._begin(base, source, mesh, seed) if loftq else base.origin
+
     def _begin(self, base: Base, source: Source, mesh: Mesh, seed: int) -> Tree:
         assert self.adapter is not None
 

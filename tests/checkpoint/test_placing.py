@@ -33,10 +33,19 @@ from luthier.model.param import Param
 FIRST = ("llama3.1", "gemma3-text", "qwen3-moe", "gpt-oss", "phi3", "deepseek-v3")
 NEWER = [name for name in VARIANTS if not name.endswith("-old")]
 CASES = [(name, "nf4") for name in NEWER] + [(name, kind) for kind in ("int8", "int4") for name in FIRST]
-QUICK_CASES = [("llama3.1", "nf4"), ("gpt-oss", "nf4"), ("deepseek-v3", "nf4"), ("qwen3-moe", "int8")]
-every_case = pytest.mark.parametrize(
-    ("name", "kind"), [case if case in QUICK_CASES else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
-)
+QUICK_CASES = [("llama3.1", "nf4"), ("deepseek-v3", "nf4")]
+SLOW_CASES = [*((name, "nf4") for name in (*FIRST, "mixtral")), ("qwen3-moe", "int8"), ("gpt-oss", "int4")]
+
+
+def case(name: str, kind: str) -> Any:
+    """A case with the mark that says who runs it."""
+    if (name, kind) in QUICK_CASES:
+        return name, kind
+    listed = (name, kind) in SLOW_CASES
+    return pytest.param(name, kind, marks=pytest.mark.slow if listed else pytest.mark.exhaustive)
+
+
+every_case = pytest.mark.parametrize(("name", "kind"), [case(*each) for each in CASES])
 # Half the time to compile, and the same arithmetic.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FOLDER = tempfile.TemporaryDirectory()

@@ -484,3 +484,6 @@ VARIANTS: dict[str, Variant] = {
         "Phi-4-mini",
     ),
 }
+
+ONE_EACH = tuple({variant.config["model_type"]: name for name, variant in reversed(VARIANTS.items())}.values())
+"""The first variant of each family."""

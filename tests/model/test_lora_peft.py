@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import assert_close
-from family_variants import VARIANTS
+from family_variants import ONE_EACH, VARIANTS
 
 import tiny
 from luthier import mesh as mesh_lib
@@ -102,9 +102,19 @@ def test_log_probs_and_gradients_equal_pefts(kind: str, way: str) -> None:
     compare(tiny.KINDS[kind], WAYS[way])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["lora", "dora"])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.endswith("-old")])
+# One variant of each family, and DoRA where several weights lie in one module or experts beside them.
+SLOW = [*((name, "lora") for name in ONE_EACH), ("phi3", "dora"), ("gpt-oss", "dora"), ("deepseek-v2-lite", "dora")]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=pytest.mark.slow if (name, way) in SLOW else pytest.mark.exhaustive)
+        for name in VARIANTS
+        if not name.endswith("-old")
+        for way in ("lora", "dora")
+    ],
+)
 def test_every_familys_variants_equal_pefts(name: str, way: str) -> None:
     compare(VARIANTS[name].config, WAYS[way])
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published import PUBLISHED
 from safetensors.numpy import load_file
 
 import tiny
@@ -18,6 +19,7 @@ from luthier import mesh as mesh_lib
 from luthier.algorithms.sft import sft
 from luthier.model import lora, param
 from luthier.model.compute import Compute
+from luthier.model.model import Model
 from luthier.train import memory, optimizer, step, tuning
 from luthier.train.tuning import Base, Tuning
 from luthier.types import Batch
@@ -53,6 +55,7 @@ WAYS = {
     "dora with dropout": (*LORA, "use_dora=true", "lora_dropout=0.2"),
     "qlora": (*LORA, "quantization=nf4"),
     "pissa": (*LORA, "lora_init=pissa", "use_rslora=true"),
+    "loftq": (*LORA, "lora_init=loftq", "quantization=int4"),
 }
 
 
@@ -144,7 +147,7 @@ def test_a_step_is_the_same_accumulated_and_on_eight_devices(kind: str) -> None:
 def test_the_base_has_no_gradient_no_moment_and_no_copy() -> None:
     """What the state holds, and what the compiled step takes, follow from the adapter; the base is only read."""
     large = tiny.TINY | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 2048}
-    model = tuning.Model.from_hf(large, "x")
+    model = Model.from_hf(large, "x")
     keys = config.SftConfig(model_name="x", hf_path="y", lora_rank=4, max_target_length=32, per_device_batch_size=1)
     mesh = mesh_lib.make(keys, jax.devices()[:1])
     tuned = tuning.of(keys, model, jnp.float32, jnp.float32)
@@ -198,3 +201,25 @@ def test_maxtexts_names_of_keys_and_modules_are_taken() -> None:
     assert (adapter.rank, adapter.scale) == (8, 2.0)
     assert set(adapter.targets) >= {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert not {"k_proj", "v_proj"} & set(adapter.targets)
+
+
+@SLOW
+def test_a_step_of_qlora_on_8b_takes_the_base_in_four_bits_and_the_adapter_besides() -> None:
+    """By the compiler's own count: nothing of the base is written, and no float copy of it is ever whole."""
+    model = Model.from_hf(PUBLISHED["meta-llama/Llama-3.1-8B"].config, "Llama-3.1-8B")
+    settings = {"lora_rank": 16, "quantization": "nf4", "dtype": "bfloat16", "max_target_length": 512}
+    keys = config.SftConfig(model_name="x", hf_path="y", per_device_batch_size=1, **settings)
+    mesh, compute = mesh_lib.make(keys, jax.devices()[:1]), Compute(jnp.dtype(jnp.bfloat16), remat="full")
+    tuned = tuning.of(keys, model, jnp.float32, jnp.dtype(jnp.bfloat16))
+    with mesh_lib.use(mesh):
+        tx = optimizer.make(keys, tuned.spec)
+        state, base = step.abstract_state(tx, tuned.spec, jnp.float32, mesh), tuned.abstract_base(mesh)
+        ids = jax.ShapeDtypeStruct((1, 1, 512), jnp.int32)
+        batch = Batch(ids, ids, ids, jax.ShapeDtypeStruct((1, 1, 512), jnp.bool))
+        program = step.make_train_step(model, sft, tx, compute, weights=tuned.weights)
+        analysis = program.lower(state, batch, jnp.float32(0), base).compile().memory_analysis()
+    trained = 4 * param.count(tuned.spec)
+    assert tuned.base_bytes(mesh) < 5.5e9
+    assert analysis.argument_size_in_bytes == pytest.approx(tuned.base_bytes(mesh) + 3 * trained, rel=0.01)
+    assert analysis.output_size_in_bytes == pytest.approx(3 * trained, rel=0.01)
+    assert analysis.temp_size_in_bytes < 5e9
