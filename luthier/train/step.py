@@ -137,8 +137,12 @@ def make_train_step(
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
 
         def of_micro(number: jax.Array, micro: Batch) -> Running:
-            of_own = None if key is None else jax.random.fold_in(key, number)
-            return running(lambda own, micro: objective(weights(own, base, of_own), micro), state.params, micro)
+            its_own = None if key is None else jax.random.fold_in(key, number)
+
+            def of_trained(trained: Tree, micro: Batch) -> Loss:
+                return objective(weights(trained, base, its_own), micro)
+
+            return running(of_trained, state.params, micro)
 
         with compute.precision():
             total = _accumulated(of_micro, batch)
