@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_variants import VARIANTS
 from published import PUBLISHED
 from safetensors.numpy import load_file
 
@@ -105,9 +106,10 @@ def test_an_adapter_can_be_gone_on_from_and_is_itself_a_model(
     assert evaluations(third)[6] < end
 
 
-def adapted(kind: str, **keys: Any) -> Tuning:
-    settings = {"model_name": "x", "hf_path": "y", "lora_rank": 4, "dtype": "float32"} | keys
-    return tuning.of(config.SftConfig(**settings), kind_model(kind), jnp.float32, jnp.float32)
+def adapted(kind: str) -> Tuning:
+    keys = config.SftConfig(model_name="x", hf_path="y", lora_rank=4, dtype="float32")
+    model = kind_model(kind) if kind in KINDS else Model.from_hf(VARIANTS[kind].config, kind)
+    return tuning.of(keys, model, jnp.float32, jnp.float32)
 
 
 def moved(trained: Any) -> Any:
@@ -134,7 +136,7 @@ def one_step(kind: str, batch: Batch, *, devices: int = 1, accumulate: int = 1) 
     return jax.tree.map(np.subtract, before, after), {name: float(value) for name, value in metrics.items()}
 
 
-@pytest.mark.parametrize("kind", [kind if kind == "llama" else pytest.param(kind, marks=SLOW) for kind in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW) for kind in (*KINDS, "mistral-window", "mixtral")])
 def test_a_step_is_the_same_accumulated_and_on_eight_devices(kind: str) -> None:
     batch = make_batch(rows=8)
     gradient, metrics = one_step(kind, batch)
