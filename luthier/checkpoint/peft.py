@@ -55,20 +55,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
-def folder(path: str | Path, token: str | None = None) -> Path:
-    """Return the local folder of the adapter at ``path``: its folder, a run that trained it, or a hub id.
-
-    Raises UserError where there is none.
-    """
-    return sources.adapter_folder(str(path), "lora_path", token)
-
-
-def read_config(path: str | Path) -> Adapter:
-    """Return what the adapter at ``path`` is.
+def read_config(place: Path) -> Adapter:
+    """Return what the adapter in the folder ``place`` (of ``source.adapter_folder``) is.
 
     Raises UserError for what is not LoRA, or asks for something that is not supported.
     """
-    place = folder(path)
     config = _config(place)
     if str(config.get("peft_type")).upper() != "LORA":
         raise UserError(f"{place / CONFIG}: peft_type={config.get('peft_type')} is not supported. LORA is.")
@@ -94,25 +85,24 @@ def read_config(path: str | Path) -> Adapter:
     )
 
 
-def read_tensors(path: str | Path) -> dict[str, Stored]:
-    """Return {name that PEFT 0.21 gives it: tensor}, whatever version or trainer wrote the adapter at ``path``.
+def read_tensors(place: Path) -> dict[str, Stored]:
+    """Return {name that PEFT 0.21 gives it: tensor}, whatever version or trainer wrote the adapter in ``place``.
 
     Raises UserError where the file is missing or damaged.
     """
-    place = folder(path)
     if not (place / WEIGHTS).is_file():
         pickled = " adapter_model.bin is a pickle: save it with a newer PEFT." * (place / "adapter_model.bin").is_file()
         raise UserError(f"{place}: no {WEIGHTS}.{pickled}")
     return {_named(name): tensor for name, tensor in tensors.read_safetensors(place / WEIGHTS).items()}
 
 
-def load(path: str | Path, adapter_spec: Tree, mesh: Mesh) -> Tree:
-    """Return the fp32 weights of the adapter at ``path``, as ``adapter_spec`` says; every process calls it.
+def load(place: Path, adapter_spec: Tree, mesh: Mesh) -> Tree:
+    """Return the fp32 weights of the adapter in ``place``, as ``adapter_spec`` says; every process calls it.
 
     Raises UserError that lists every missing, unexpected and misshapen tensor.
     """
-    found = read_tensors(path)
-    check(found, adapter_spec, path)
+    found = read_tensors(place)
+    check(found, adapter_spec, place)
     structure = placing.structure(adapter_spec)
     weights = structure.flatten_up_to(placing.empty(adapter_spec, "", jnp.float32, mesh))
     for number, param in enumerate(param_lib.leaves(adapter_spec).values()):
@@ -122,7 +112,7 @@ def load(path: str | Path, adapter_spec: Tree, mesh: Mesh) -> Tree:
     return jax.tree.unflatten(structure, weights)
 
 
-def check(found: Mapping[str, Stored], adapter_spec: Tree, place: str | Path) -> None:
+def check(found: Mapping[str, Stored], adapter_spec: Tree, place: Path) -> None:
     """Compare an adapter's tensors with ``adapter_spec``. Raises UserError that lists all that differs."""
     wanted = param_lib.tensor_shapes(adapter_spec)
     faults = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found]

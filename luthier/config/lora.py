@@ -72,7 +72,7 @@ class LoraKeys(QuantisationKeys):
         return {"enable_lora": any(name in values for name in _OWN), **values}
 
 
-_OWN = tuple(name for name in LoraKeys.__annotations__ if name not in ("enable_lora", "model_config"))
+_OWN = tuple(name for name in LoraKeys.__annotations__ if name != "enable_lora")
 _OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "lora_init")
 
 

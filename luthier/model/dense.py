@@ -1,7 +1,7 @@
 """The one matmul of activations with a weight, and its gradient.
 
 The weight's type decides how it is multiplied: an array is the fp32 (or bf16) master itself and is trained; a quantised
-weight (whatever has ``matrix(dtype)``) and what lies under an adapter (``lora.Lora``) are frozen, so that no gradient
+weight and what lies under an adapter (``lora.Lora``) are frozen, so that no gradient
 of theirs is computed. Left out on purpose: products of one batch of activations with another, which are attention's.
 """
 
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from luthier import mesh
 from luthier.model.cpu import transposed
 from luthier.model.lora import Lora, row_norms
-from luthier.model.quant import gathered
+from luthier.model.quant import gathered, is_quantised
 
 
 def dense(einsum: str, x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
@@ -36,7 +36,7 @@ def dense(einsum: str, x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Ar
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if isinstance(w, Lora):
         y = _adapted(einsum, out_dtype, x, w)
-    elif hasattr(w, "matrix"):
+    elif is_quantised(w):
         y = _frozen_dense(einsum, out_dtype, x, w)
     else:
         y = _array_dense(einsum, out_dtype, x, w)
@@ -77,7 +77,7 @@ def _frozen_dense(einsum: str, out_dtype: Any, x: jax.Array, w: Any) -> jax.Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _frozen(einsum: str, out_dtype: Any, dtype: Any, x: jax.Array, w: Any) -> jax.Array:
-    if not hasattr(w, "matrix"):
+    if not is_quantised(w):
         return _product(einsum, x, w.astype(dtype), out_dtype)
     contracted, out, out_first = _weight_axes(einsum)
     lead = x.ndim - contracted
@@ -94,7 +94,7 @@ def _frozen_forward(einsum: str, out_dtype: Any, dtype: Any, x: jax.Array, w: An
 def _frozen_backward(einsum: str, out_dtype: Any, dtype: Any, w: Any, dy: jax.Array) -> tuple[jax.Array, None]:
     x_axes, w_axes, y_axes = _split(einsum)
     dy = dy.astype(dtype)
-    if not hasattr(w, "matrix"):
+    if not is_quantised(w):
         return _product(f"{y_axes},{w_axes}->{x_axes}", dy, w.astype(dtype), dtype), None
     contracted, out, out_first = _weight_axes(einsum)
     lead = dy.ndim - out
@@ -163,7 +163,7 @@ def _row_norms(einsum: str, w: Lora) -> jax.Array:
 
 def _rows_by_columns(einsum: str, w: Any) -> jax.Array:
     """Return a weight, an array or quantised, as fp32 ``[O, I]``."""
-    if hasattr(w, "matrix"):
+    if is_quantised(w):
         return w.matrix(jnp.float32)
     contracted, out, out_first = _weight_axes(einsum)
     w = w.astype(jnp.float32)

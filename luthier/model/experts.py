@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from luthier import mesh
 from luthier.model.cpu import transposed
 from luthier.model.lora import Lora
+from luthier.model.quant import is_quantised
 
 # Rows of a tile, at least and at most. Small ones waste fewer rows at the end of each expert's, large ones read a
 # weight less often.
@@ -48,7 +49,7 @@ def grouped(x_MI: jax.Array, w_EIO: Any, sizes_E: jax.Array) -> jax.Array:
         y_MO = _frozen(x_MI.dtype, x_MI, w_EIO.base, sizes_E)
         inner_MR = checkpoint_name(_grouped(x_MI, w_EIO.a.mT, sizes_E), "dense")
         y_MO = y_MO + _grouped(inner_MR * w_EIO.scale, w_EIO.b.mT, sizes_E)
-    elif hasattr(w_EIO, "matrix"):
+    elif is_quantised(w_EIO):
         y_MO = _frozen(x_MI.dtype, x_MI, w_EIO, sizes_E)
     else:
         y_MO = _grouped(x_MI, w_EIO, sizes_E)
@@ -77,7 +78,7 @@ def _rows_times_experts(x: jax.Array, w: Any, sizes_E: jax.Array, back: bool = F
     """Return rows times their expert's weight, or with ``back`` its transpose."""
     if mesh.platform() != "tpu":
         return tiled_forward(x, w, sizes_E, back)
-    if hasattr(w, "matrix"):
+    if is_quantised(w):
         return _ragged(x, w.matrix(x.dtype), sizes_E, _FORWARD if back else _BACKWARD)
     return _ragged(x, w, sizes_E, _BACKWARD if back else _FORWARD)
 
@@ -126,7 +127,7 @@ def tiled_forward(x_MI: jax.Array, w_EIO: Any, sizes_E: jax.Array, back: bool = 
     Of a quantised weight, one expert's matrix at a time is a float.
     """
     # A quantised weight is stored output first.
-    contracted = 1 if hasattr(w_EIO, "matrix") != back else 0
+    contracted = 1 if is_quantised(w_EIO) != back else 0
 
     def step(y_MO: jax.Array, expert: jax.Array, start: jax.Array, own_R1: jax.Array) -> jax.Array:
         w = _floats(w_EIO, expert, x_MI.dtype)
@@ -187,7 +188,7 @@ def tile_rows(M: int, E: int) -> int:
 def _floats(w: Any, expert: Any, dtype: Any) -> jax.Array:
     """Return one expert's matrix in ``dtype``, an array's input first, a quantised weight's output first."""
     one = jax.tree.map(lambda field: _weight(field, expert), w)
-    return one.matrix(dtype) if hasattr(one, "matrix") else one.astype(dtype)
+    return one.matrix(dtype) if is_quantised(one) else one.astype(dtype)
 
 
 def _weight(w_EIO: jax.Array, expert: Any) -> jax.Array:

@@ -24,6 +24,7 @@ from luthier.errors import UserError
 from luthier.model import param
 from luthier.model.low_rank import factors
 from luthier.model.param import Param, Tree
+from luthier.model.quant import is_quantised
 from luthier.model.targets import ALL_LINEAR, Member, Path, Unit, chosen
 
 
@@ -235,7 +236,7 @@ def _saved_name(unit: Unit, modules: set[str]) -> str:
 
 def _before_quantising(unit: Unit, frozen: list[Any], weights: Callable[[Param], Any] | None) -> list[Any]:
     """Return the floats that a target's quantised weights were."""
-    if not all(hasattr(weight, "matrix") for weight in frozen):
+    if not all(is_quantised(weight) for weight in frozen):
         raise UserError(
             f"lora_init=loftq is for a quantised base, and {unit.module.format(layer='*')} is not quantised. "
             "Set quantization=nf4, or lora_init=default."

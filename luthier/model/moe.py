@@ -24,7 +24,7 @@ from luthier.model.layers import gated
 from luthier.model.lora import Lora
 from luthier.model.mlp import Mlp
 from luthier.model.param import Param, Part, Tree, declare, stacked
-from luthier.model.quant import Blockwise, Int8, unnested
+from luthier.model.quant import Blockwise, is_quantised, unnested
 from luthier.model.router import Routed, Routing
 
 # How an expert's weights lie on the mesh while they are used: whole along `fsdp`.
@@ -143,7 +143,7 @@ class Moe(Routing):
             way = dispatch.gathered if mesh_lib.platform() == "cpu" else dispatch.exchanged
         rows = P(mesh_lib.BATCH_AXES if split else None)
         # Sums over devices are written out: there is no replication for check_vma to verify.
-        p = jax.tree.map(functools.partial(_in_blocks, mesh.shape["tensor"]), p, is_leaf=_is_quantised)
+        p = jax.tree.map(functools.partial(_in_blocks, mesh.shape["tensor"]), p, is_leaf=is_quantised)
         specs = {name: _placed(weight, _SPECS[name]) for name, weight in p.items()}
         return jax.shard_map(
             functools.partial(self._on_device, way, summed),
@@ -185,14 +185,10 @@ def _placed(weight: Any, placed: P) -> Any:
         expert, into, out = placed
         base = _placed(weight.base, placed)
         return replace(weight, base=base, a=P(expert, None, into), b=P(expert, out, None))
-    if _is_quantised(weight):
+    if is_quantised(weight):
         expert, into, out = placed
         return jax.tree.map(lambda field: P(expert, out, into) if field.ndim == 3 else P(expert, out), weight)
     return placed
-
-
-def _is_quantised(weight: Any) -> bool:
-    return isinstance(weight, Int8 | Blockwise)
 
 
 def _in_blocks(ways: int, weight: Any) -> Any:

@@ -88,6 +88,11 @@ class Param:
         return tuple(self.layout.split("->")[1].split())
 
     @property
+    def multiplies(self) -> bool:
+        """Whether it is a matrix that is computed with in the model's type; vectors and routers stay as they are."""
+        return len(self.slice_shape) > 1 and "router" not in self.axes
+
+    @property
     def decays(self) -> bool:
         """Whether weight decay applies: to matrices, not to norms and biases, whatever their shape."""
         return self.init == "normal"

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from luthier.errors import UserError, did_you_mean
 from luthier.model.param import Param, Part, Tree, leaves
+from luthier.model.quant import is_quantised
 
 ALL_LINEAR = "all-linear"
 # Checkpoints keep names that Transformers has given up for its modules.
@@ -86,7 +87,7 @@ class Member:
 
     def matrix(self, weight: Any) -> jax.Array:
         """Return a weight, an array or quantised, as fp32 ``[..., rows, columns]``."""
-        if hasattr(weight, "matrix"):
+        if is_quantised(weight):
             return weight.matrix(jnp.float32)
         lead = "e " if self.experts and "expert" in self.param.slice_axes else ""
         out, into = (" ".join(side) for side in self.sides)

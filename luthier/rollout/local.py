@@ -420,7 +420,6 @@ def _cast(params: Tree, model: Model, dtype: Any) -> Tree:
             return replace(weight, base=cast(declared, weight.base))
         if not isinstance(weight, jax.Array):
             return weight
-        matrix = len(declared.slice_shape) > 1 and "router" not in declared.axes
-        return weight.astype(dtype) if matrix and weight.dtype != dtype else weight
+        return weight.astype(dtype) if declared.multiplies and weight.dtype != dtype else weight
 
     return map_spec(cast, model.spec, params)

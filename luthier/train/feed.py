@@ -48,7 +48,7 @@ class Feed(Protocol):
 class InTurn:
     """Samples when asked, on the trainer's own mesh and weights.
 
-    ``weights`` makes the model's weights of those that are trained.
+    ``weights`` makes the sampler's weights of those that are trained.
     """
 
     def __init__(self, sampler: Sampler, weights: Callable[[Tree], Tree], number: int, position: int) -> None:
@@ -76,20 +76,19 @@ class InTurn:
 class Ahead:
     """Samples steps ``number`` to ``last`` in a thread, on the sampler's mesh, which is apart from the trainer's.
 
-    ``shardings`` say where what is trained lies on that mesh, ``weights`` makes the model's weights of it there.
+    ``weights`` makes the sampler's weights, there, of those that are trained.
     """
 
     def __init__(
         self,
         sampler: Sampler,
         weights: Callable[[Tree], Tree],
-        shardings: Tree,
         number: int,
         last: int,
         position: int,
         staleness: int,
     ) -> None:
-        self._sampler, self._weights, self._shardings, self._staleness = sampler, weights, shardings, staleness
+        self._sampler, self._weights, self._staleness = sampler, weights, staleness
         self._steps, self._position = range(number, last + 1), position
         self._changed = threading.Condition()
         self._version = number - 1
@@ -111,7 +110,7 @@ class Ahead:
 
     def publish(self, trained: Tree, version: int) -> None:
         """Copy the weights to the sampler's devices, from where it takes them up after its present chunk of tokens."""
-        copied = jax.block_until_ready(jax.device_put(trained, self._shardings))
+        copied = jax.block_until_ready(self._weights(trained))
         with self._changed:
             self._fresh, self._version = (copied, version), version
             self._changed.notify_all()
@@ -176,8 +175,7 @@ class Ahead:
                 raise _Closed
             fresh, self._fresh = self._fresh, None
         if fresh is not None:
-            trained, version = fresh
-            self._sampler.engine.sync(self._weights(trained), version)
+            self._sampler.engine.sync(*fresh)
 
 
 class _Closed(Exception):

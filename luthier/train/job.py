@@ -13,14 +13,16 @@ import optax
 from jax.sharding import Mesh
 
 from luthier import mesh as mesh_lib
-from luthier.checkpoint import huggingface
+from luthier.checkpoint import huggingface, peft, placing
 from luthier.checkpoint.source import Source
 from luthier.checkpoint.state import Checkpoints
 from luthier.config import RlConfig, SftConfig
+from luthier.errors import UserError
 from luthier.memory import available
-from luthier.model import param
+from luthier.model import lora, param
 from luthier.model.compute import Compute, fast_dtype
 from luthier.model.model import Model
+from luthier.model.param import Param, Tree
 from luthier.train import balance, memory, optimizer, step, tuning
 from luthier.train.balance import Balance
 from luthier.train.tuning import Base, Tuning
@@ -78,6 +80,8 @@ def prepare(config: C, source: Source, model: Model, mesh: Mesh) -> Job[C]:
     model.check_kernel(config.attention, dtype)
     if source.kind != "random":
         huggingface.check(source, model.spec, model.config.ignored)
+    elif config.lora_init == "loftq":
+        raise UserError("lora_init=loftq needs the weights of a checkpoint: leave it out with random ones.")
     trained = tuning.of(config, model, jnp.dtype(config.weight_dtype), dtype)
     param.shardings(trained.spec, mesh)
     return Job(config, source, model, mesh, compute, trained, optimizer.make(config, trained.spec))
@@ -133,11 +137,46 @@ def compile_steps(job: Job[SftConfig], algorithm: step.Algorithm, background: Th
 
 def load(job: Job, checkpoints: Checkpoints | None) -> tuple[Base | None, step.TrainState, dict[str, Any] | None]:
     """Return the weights that stay, the train state, and the data's: the last checkpoint's, or those of a start."""
-    base = job.tuning.load_base(job.source, job.mesh, job.config.seed)
+    base = _base(job)
     if checkpoints is not None and checkpoints.latest() is not None:
         return base, *checkpoints.restore(job.abstract_state)
-    trained = job.tuning.start(base, job.source, job.mesh, job.config.seed, job.config.lora_path)
+    folder = tuning.path(job.config)
+    trained = peft.load(folder, job.tuning.spec, job.mesh) if folder else reference(job, base)
     return base, step.init_state(trained, job.optimizer, job.tuning.spec, job.mesh), None
+
+
+def reference(job: Job, base: Base | None) -> Tree:
+    """Return what stands for the model that training is held against: of adapters, one that changes nothing."""
+    if base is None:
+        return _weights(job, job.tuning.weight_dtype)
+    return _fresh(job, base.params) if base.begun is None else jax.tree.map(jnp.copy, base.begun)
+
+
+def _base(job: Job) -> Base | None:
+    if job.tuning.adapter is None:
+        return None
+    params = _weights(job, job.tuning.base_dtype, job.tuning.quantization)
+    return Base(params, None if job.tuning.adapter.init == "default" else _fresh(job, params))
+
+
+def _weights(job: Job, dtype: Any, quantization: str = "") -> Tree:
+    model = job.model
+    if job.source.kind == "random":
+        return placing.random(model.spec, jax.random.key(job.config.seed), quantization, dtype, job.mesh)
+    return huggingface.load(job.source, model.spec, dtype, job.mesh, model.config.ignored, quantization=quantization)
+
+
+def _fresh(job: Job, params: Tree) -> Tree:
+    """Return a new adapter over a base of ``params``."""
+
+    def exact(declared: Param) -> jax.Array:
+        """Return a weight as it was before it was quantised."""
+        alone = {"weight": declared}
+        return huggingface.load(job.source, alone, jnp.float32, job.mesh, ignored=(".*",))["weight"]
+
+    assert job.tuning.adapter is not None
+    key = jax.random.key(job.config.seed)
+    return lora.initialise(job.model.spec, params, job.tuning.adapter, key, job.mesh, exact)
 
 
 def _abstract_batch(job: Job[SftConfig], *rows: int) -> Batch:

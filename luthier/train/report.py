@@ -112,8 +112,7 @@ def export(job: Job, command: str, base: Base | None, trained: param.Tree, token
         huggingface.save(folder, trained, job.model.spec, job.source, tokenizer, dtype=config.save_dtype, **words)
         return
     spec, adapter = job.tuning.spec, job.tuning.adapter
-    origin = job.tuning.exported(base, job.source, job.mesh, config.seed)
-    peft.save(folder, trained, spec, adapter, job.source, tokenizer, origin=origin, **words)
+    peft.save(folder, trained, spec, adapter, job.source, tokenizer, origin=base.begun, **words)
 
 
 def summary(console: Console, place: Path, evaluations: Evaluations, tuning: Tuning) -> None:

@@ -31,14 +31,13 @@ from luthier.checkpoint import tokenizer as tokenizer_lib
 from luthier.checkpoint.state import Checkpoints
 from luthier.config import RlConfig
 from luthier.errors import RunError, UserError
-from luthier.model import param
 from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.rollout import checks, failures
 from luthier.rollout.workers import Scorers
 from luthier.train import display, folder, metrics, optimizer, report, rl_plan, rl_report, rl_setup, saving, step
 from luthier.train.feed import Ahead, Feed, InTurn
-from luthier.train.job import Job, load, prepare
+from luthier.train.job import Job, load, prepare, reference
 from luthier.train.learner import Learner
 from luthier.train.profile import Profile
 from luthier.train.rollout_files import RolloutFiles, show
@@ -102,12 +101,13 @@ def run(config: RlConfig) -> None:
                 base, state, data = load(job, checkpoints)
                 data = data or {"step": 0, "position": 0}
                 check_same(data, tasks.fingerprint, place)
-                reference = rl_setup.reference(job, base) if config.beta else None
+                held_against = reference(job, base) if config.beta else None
                 weights = rl_setup.weights(job, base, samples)
-                begun = rl_setup.Begun(weights, state.params, data["step"])
-                engine = rl_setup.engine(job, begun, samples, plan, tasks, held_out, tokenizer)
+                sampled = weights(state.params)
+                engine = rl_setup.engine(job, sampled, data["step"], samples, plan, tasks, held_out, tokenizer)
+                del sampled  # the engine's from here on, which gives them up for newer ones
                 sampler = rl_setup.sampler(job, objective, game, engine, tasks, held_out, scorers, samples)
-                learner = Learner(config, objective, layout, programs, trains, reference, base)
+                learner = Learner(config, objective, layout, programs, trains, held_against, base)
                 rl_report.header(console, job, sampler, learner, plan, total, place)
                 this = Run(job, sampler, learner, weights, total, place, console, stop)
                 state, evaluations = train(this, checkpoints, state, data)
@@ -178,8 +178,7 @@ def _feed(this: Run, done: int, position: int) -> Feed:
     config = this.job.config
     if not config.max_staleness:
         return InTurn(this.sampler, this.weights, done + 1, position)
-    shardings = param.shardings(this.job.tuning.spec, this.sampler.mesh)
-    return Ahead(this.sampler, this.weights, shardings, done + 1, this.total, position, config.max_staleness)
+    return Ahead(this.sampler, this.weights, done + 1, this.total, position, config.max_staleness)
 
 
 def _look(this: Run, feed: Feed, writer: metrics.Writer, number: int) -> None:

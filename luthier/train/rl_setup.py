@@ -58,15 +58,6 @@ class Game:
     length: int | None
 
 
-@dataclass(frozen=True)
-class Begun:
-    """What is ``trained`` after ``step`` steps, and what makes the sampler's ``weights`` of it."""
-
-    weights: Callable[[Tree], Tree]
-    trained: Tree
-    step: int
-
-
 def game(config: RlConfig, job: Job[RlConfig], tokenizer: Any) -> Game:
     """Return what is played. Raises UserError for an environment that is none."""
     model = Described(job.source, job.model, tokenizer)
@@ -160,29 +151,31 @@ def compile_steps(job: Job[RlConfig], objective: Objective, shapes: Layout, back
     )
 
 
-def reference(job: Job[RlConfig], base: Base | None) -> Tree:
-    """Return what is trained as it is at the start: of a model all weights once more, of an adapter one that is off."""
-    return job.tuning.reference(base, job.source, job.mesh, job.config.seed)
-
-
 def weights(job: Job[RlConfig], base: Base | None, mesh: Mesh) -> Callable[[Tree], Tree]:
     """Return what makes the sampler's weights, on its own mesh, of what is trained; the base is copied there once."""
-    if base is None:
-        return lambda trained: trained
-    there = base if mesh == job.mesh else jax.device_put(base, job.tuning.base_shardings(mesh))
-    return lambda trained: job.tuning.weights(trained, there)
+    if mesh == job.mesh:
+        return lambda trained: job.tuning.weights(trained, base)
+    there = jax.device_put(base, job.tuning.base_shardings(mesh))
+    shardings = param.shardings(job.tuning.spec, mesh)
+
+    def moved(trained: Tree) -> Tree:
+        with mesh_lib.use(mesh):
+            return job.tuning.weights(jax.device_put(trained, shardings), there)
+
+    return moved
 
 
 def engine(
     job: Job[RlConfig],
-    begun: Begun,
+    weights: Tree,
+    version: int,
     mesh: Mesh,
     plan: memory.Plan,
     trained: Tasks,
     held_out: Tasks | None,
     tokenizer: Any,
 ) -> LocalEngine:
-    """Return the engine on ``mesh``, its cache made for a whole step, so that it never grows.
+    """Return the engine on ``mesh`` with these ``weights``, its cache made for a whole step, so that it never grows.
 
     Of what memory the policy step leaves, the cache takes what it needs. Raises UserError where nothing fits.
     """
@@ -191,19 +184,17 @@ def engine(
     if config.kv_cache_gib is None and free is not None:
         left = free if config.max_staleness else free - plan.total(config.per_device_batch_size)
         keys = config.model_copy(update={"kv_cache_gib": max(left, 0.1 * free) / GIB})
-    weights = begun.trained
-    weights = weights if mesh == job.mesh else jax.device_put(weights, param.shardings(job.tuning.spec, mesh))
     with mesh_lib.use(mesh):
         found = LocalEngine(
             job.model,
-            begun.weights(weights),
+            weights,
             job.compute,
             mesh,
             keys,
             tokenizer=tokenizer,
             context_length=job.source.context_length,
             seed=config.seed,
-            version=begun.step,
+            version=version,
             record_routes=config.routing_replay,
         )
         longest = max(each.longest for each in (trained, held_out) if each is not None)

@@ -3,7 +3,8 @@
 The weights that stay, the base, are an argument of every program and part of no gradient, moment or checkpoint. They
 are kept as they are computed with, or in fewer bits still.
 
-Left out on purpose: how an adapter works (``model.lora``), and its files (``checkpoint.peft``).
+Left out on purpose: how an adapter works (``model.lora``), its files (``checkpoint.peft``), and reading weights
+(``job``): what is here follows from keys and shapes.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import math
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from luthier.checkpoint import huggingface, maxtext_names, peft, placing
-from luthier.checkpoint.source import Source
-from luthier.config import LoraKeys
-from luthier.errors import UserError
+from luthier.checkpoint import maxtext_names, peft
+from luthier.checkpoint.source import adapter_folder
+from luthier.config import RlConfig, SftConfig
 from luthier.model import lora, param, quant
 from luthier.model.lora import Adapter
 from luthier.model.model import Model
@@ -29,10 +30,10 @@ from luthier.model.param import Param, Tree
 
 
 class Base(NamedTuple):
-    """The weights that stay, and what the adapter began as where that is to be taken away again (PiSSA)."""
+    """The weights that stay, and what the adapter began as where that was not nothing (PiSSA, LoftQ)."""
 
     params: Tree
-    origin: Tree = None
+    begun: Tree = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Tuning:
         """Return the model's weights as they are computed with; with a ``key``, the adapter's inputs are dropped."""
         if self.adapter is None or base is None:
             return trained
-        return lora.attach(self.model.spec, base.params, self.adapter, trained, key, base.origin)
+        taken_away = base.begun if self.adapter.init == "pissa" else None
+        return lora.attach(self.model.spec, base.params, self.adapter, trained, key, taken_away)
 
     @property
     def trained_dtype(self) -> Any:
@@ -63,16 +65,15 @@ class Tuning:
 
     def base_dtype(self, declared: Param) -> Any:
         """Return the type that a weight of the base is kept in: matrices are computed with in no other than this."""
-        matrix = len(declared.slice_shape) > 1 and "router" not in declared.axes
-        return self.dtype if matrix else declared.dtype(jnp.dtype(jnp.float32))
+        return self.dtype if declared.multiplies else declared.dtype(jnp.dtype(jnp.float32))
 
     def abstract_base(self, mesh: Mesh) -> Base | None:
         """Return the base's shapes, types and shardings, None where there is none."""
         if self.adapter is None:
             return None
         params = quant.abstract(self.model.spec, self.quantization, self.base_dtype, mesh)
-        origin = param.abstract(self.spec, self.trained_dtype, mesh) if self.adapter.init == "pissa" else None
-        return Base(params, origin)
+        begun = None if self.adapter.init == "default" else param.abstract(self.spec, self.trained_dtype, mesh)
+        return Base(params, begun)
 
     def base_shardings(self, mesh: Mesh) -> Base | None:
         """Return where the base lies on ``mesh``."""
@@ -83,54 +84,8 @@ class Tuning:
         leaves = jax.tree.leaves(self.abstract_base(mesh))
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
-    def load_base(self, source: Source, mesh: Mesh, seed: int) -> Base | None:
-        """Return the base, read from ``source``; None where there is none."""
-        if self.adapter is None:
-            return None
-        params = self._load(source, mesh, seed, self.base_dtype, self.quantization)
-        base = Base(params)
-        return base if self.adapter.init != "pissa" else Base(params, self._begin(base, source, mesh, seed))
 
-    def start(self, base: Base | None, source: Source, mesh: Mesh, seed: int, path: str = "") -> Tree:
-        """Return what is trained as it is before the first step, an adapter from ``path`` where one is given."""
-        if base is not None and path:
-            return peft.load(path, self.spec, mesh)
-        return self.reference(base, source, mesh, seed)
-
-    def reference(self, base: Base | None, source: Source, mesh: Mesh, seed: int) -> Tree:
-        """Return what stands for the model that training is held against: of adapters, one that changes nothing."""
-        if base is None:
-            return self._load(source, mesh, seed, self.weight_dtype)
-        return self._begin(base, source, mesh, seed) if base.origin is None else jax.tree.map(jnp.copy, base.origin)
-
-    def exported(self, base: Base, source: Source, mesh: Mesh, seed: int) -> Tree | None:
-        """Return what is to be taken off an adapter, so that it is one of the weights of ``source`` as they are.
-
-        LoftQ's begins as what quantising took from them, which they have.
-        """
-        loftq = self.adapter is not None and self.adapter.init == "loftq"
-        return self._begin(base, source, mesh, seed) if loftq else base.origin
-
-    def _begin(self, base: Base, source: Source, mesh: Mesh, seed: int) -> Tree:
-        assert self.adapter is not None
-
-        def floats(declared: Param) -> jax.Array:
-            """Return a weight as it was before it was quantised."""
-            if source.kind == "random":
-                raise UserError("lora_init=loftq needs the weights of a checkpoint: leave it out with random ones.")
-            alone = {"weight": declared}
-            return huggingface.load(source, alone, jnp.float32, mesh, ignored=(".*",))["weight"]
-
-        return lora.initialise(self.model.spec, base.params, self.adapter, jax.random.key(seed), mesh, floats)
-
-    def _load(self, source: Source, mesh: Mesh, seed: int, dtype: Any, quantization: str = "") -> Tree:
-        spec = self.model.spec
-        if source.kind == "random":
-            return placing.random(spec, jax.random.key(seed), quantization, dtype, mesh)
-        return huggingface.load(source, spec, dtype, mesh, self.model.config.ignored, quantization=quantization)
-
-
-def of(keys: LoraKeys, model: Model, weight_dtype: Any, dtype: Any) -> Tuning:
+def of(keys: SftConfig | RlConfig, model: Model, weight_dtype: Any, dtype: Any) -> Tuning:
     """Return what the keys ask to be trained of ``model``, computed in ``dtype``.
 
     Raises UserError for an adapter that is not there or does not fit the model.
@@ -140,14 +95,22 @@ def of(keys: LoraKeys, model: Model, weight_dtype: Any, dtype: Any) -> Tuning:
     adapter = _adapter(keys)
     tuning = Tuning(model, adapter, keys.quantization, weight_dtype, dtype)
     spec = tuning.spec  # raises where nothing, or what cannot be, is to be adapted
-    if keys.lora_path:
-        peft.check(peft.read_tensors(keys.lora_path), spec, keys.lora_path)
+    if folder := path(keys):
+        peft.check(peft.read_tensors(folder), spec, folder)
     return tuning
 
 
-def _adapter(keys: LoraKeys) -> Adapter:
-    if keys.lora_path:
-        return replace(peft.read_config(keys.lora_path), dropout=keys.lora_dropout)
+def path(keys: SftConfig | RlConfig) -> Path | None:
+    """Return the folder of the adapter that training goes on from, None for a new one.
+
+    Raises UserError where it is not there.
+    """
+    return adapter_folder(keys.lora_path, "lora_path", keys.hf_access_token) if keys.lora_path else None
+
+
+def _adapter(keys: SftConfig | RlConfig) -> Adapter:
+    if folder := path(keys):
+        return replace(peft.read_config(folder), dropout=keys.lora_dropout)
     return Adapter(
         rank=keys.lora_rank,
         alpha=keys.lora_alpha,

@@ -11,7 +11,7 @@ from folders import keys, one_device, stored, tiny_tokenizer
 from peft_models import ADAPTERS, CASES, CONFIGS, write_adapter, write_base
 
 from luthier.checkpoint import huggingface, peft, tensors
-from luthier.checkpoint.source import resolve
+from luthier.checkpoint.source import adapter_folder, resolve
 from luthier.errors import UserError
 from luthier.model import lora
 from luthier.model.compute import Compute
@@ -154,9 +154,9 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, message):
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no adapter_config.json there. Give a folder in PEFT's layout"):
-        peft.folder(tmp_path)
+        adapter_folder(str(tmp_path), "lora_path")
     with pytest.raises(UserError, match=r"lora_path=\./gone: no such folder"):
-        peft.folder("./gone")
+        adapter_folder("./gone", "lora_path")
     (tmp_path / peft.CONFIG).write_text("[")
     with pytest.raises(UserError, match="not valid JSON"):
         peft.read_config(tmp_path)

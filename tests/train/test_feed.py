@@ -42,7 +42,7 @@ class Sampler:
 
 
 def ahead(sampler: Any, staleness: int, last: int = 6) -> Ahead:
-    return Ahead(sampler, lambda trained: trained, {}, number=1, last=last, position=0, staleness=staleness)
+    return Ahead(sampler, lambda trained: trained, number=1, last=last, position=0, staleness=staleness)
 
 
 @pytest.mark.timeout(60)
