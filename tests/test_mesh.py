@@ -1,5 +1,7 @@
 """Devices to mesh, logical axes to mesh axes."""
 
+from dataclasses import dataclass
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -10,11 +12,12 @@ from luthier.errors import UserError
 from tiny import make_batch
 
 
-def make(data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1) -> jax.sharding.Mesh:
+def make(data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1, context: int = 1) -> jax.sharding.Mesh:
     keys = ModelKeys(
         ici_data_parallelism=data,
         ici_fsdp_parallelism=fsdp,
         ici_expert_parallelism=expert,
+        ici_context_parallelism=context,
         ici_tensor_parallelism=tensor,
     )
     return mesh.make(keys)
@@ -23,12 +26,13 @@ def make(data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1) -> jax
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ((1, -1, 1), (1, 8, 1, 1)),
-        ((2, -1, 2), (2, 2, 1, 2)),
-        ((-1, 1, 4), (2, 1, 1, 4)),
-        ((8, 1, 1), (8, 1, 1, 1)),
-        ((1, -1, 2, 2), (1, 2, 2, 2)),
-        ((1, 1, 1, -1), (1, 1, 8, 1)),
+        ((1, -1, 1), (1, 8, 1, 1, 1)),
+        ((2, -1, 2), (2, 2, 1, 1, 2)),
+        ((-1, 1, 4), (2, 1, 1, 1, 4)),
+        ((8, 1, 1), (8, 1, 1, 1, 1)),
+        ((1, -1, 2, 2), (1, 2, 2, 1, 2)),
+        ((1, 1, 1, -1), (1, 1, 8, 1, 1)),
+        ((1, 2, 1, 1, -1), (1, 2, 1, 4, 1)),
     ],
 )
 def test_minus_one_takes_the_rest(sizes: tuple[int, ...], shape: tuple[int, ...]) -> None:
@@ -40,6 +44,91 @@ def test_minus_one_takes_the_rest(sizes: tuple[int, ...], shape: tuple[int, ...]
 def test_axes_that_do_not_make_the_devices_are_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match=rf"ici_data_parallelism={sizes[0]}, .* 8 are here"):
         make(*sizes)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device that is not there: the first half of eight lies in one slice, the second in another."""
+
+    id: int
+    slice_index: int | None = None
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "of a kind whose network is a torus"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id % 2, self.id // 2 % 2, 0
+
+
+def chips(**what: object) -> list[Chip]:
+    return [Chip(i, **{name: i // 4 if value == "halves" else value for name, value in what.items()}) for i in range(8)]
+
+
+SLICES = {"slices": chips(slice_index="halves"), "processes": chips(process_index="halves", platform="gpu")}
+
+
+def ids(devices: jax.sharding.Mesh, **at: slice) -> set[int]:
+    """Return the numbers of the devices at these places of these axes."""
+    places = tuple(at.get(axis, slice(None)) for axis in mesh.AXES)
+    return {chip.id for chip in devices.devices[places].flat}
+
+
+@pytest.mark.parametrize("devices", SLICES.values(), ids=SLICES)
+def test_axes_over_slices_stand_outside_those_within(devices: list[Chip]) -> None:
+    copies = mesh.make(ModelKeys(dcn_data_parallelism=2), devices)
+    assert tuple(copies.shape.values()) == (2, 4, 1, 1, 1)
+    assert ids(copies, data=slice(1)) == {0, 1, 2, 3}
+    both = mesh.make(ModelKeys(dcn_fsdp_parallelism=-1, ici_fsdp_parallelism=2, ici_tensor_parallelism=2), devices)
+    assert tuple(both.shape.values()) == (1, 4, 1, 1, 2)
+    assert ids(both, fsdp=slice(2)) == {0, 1, 2, 3}
+
+
+def test_slices_are_never_joined_unasked() -> None:
+    with pytest.raises(UserError, match=r"2 slices are here.*dcn_data_parallelism=2 .*dcn_fsdp_parallelism=2"):
+        mesh.make(ModelKeys(), SLICES["slices"])
+    assert mesh.make(ModelKeys(), SLICES["processes"]).shape["fsdp"] == 8  # no slow network is known of
+
+
+def test_slices_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match=r"dcn_data_parallelism=4, .*: 4 slices asked for, 2 are here"):
+        mesh.make(ModelKeys(dcn_data_parallelism=4), SLICES["slices"])
+    with pytest.raises(UserError, match=r"ici_tensor_parallelism=3: 3 devices in a slice asked for, 4 are here"):
+        mesh.make(ModelKeys(dcn_data_parallelism=2, ici_tensor_parallelism=3), SLICES["slices"])
+    with pytest.raises(UserError, match="slices of 4, 3 devices are here"):
+        mesh.make(ModelKeys(dcn_data_parallelism=2), SLICES["slices"][:7])
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "keys"),
+    [
+        ("v5p:2x2x1", 1, {}),
+        ("v5p:4x4x4", 1, {"ici_tensor_parallelism": 2}),  # shorter than any axis of the torus
+        ("v6e:2x4", 1, {"ici_context_parallelism": 4, "ici_tensor_parallelism": 2}),
+        ("v5p:2x2x1", 2, {"dcn_data_parallelism": 2}),
+    ],
+)
+def test_chips_that_are_not_there_make_a_mesh(
+    monkeypatch: pytest.MonkeyPatch, name: str, slices: int, keys: dict[str, int]
+) -> None:
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
+    made = mesh.make(ModelKeys(**keys), chips)
+    assert {chip.id for chip in made.devices.flat} == {chip.id for chip in chips}
+    with mesh.use(made):
+        assert mesh.platform() == "tpu"
+
+
+def test_tokens_of_rows_are_split_over_context_and_weights_too() -> None:
+    devices = make(1, 2, 1, 1, 4)
+    assert mesh.partition(("batch", "time", "norm"), (8, 32, 64), devices) == P(("fsdp",), ("context",), None)
+    assert mesh.partition(("batch", "slots"), (8, 32), devices) == P(("fsdp",), None)
+    assert mesh.partition(("embed", "mlp"), (64, 32), devices) == P(("fsdp", "context"), None)
+    assert mesh.batch_shards(devices) == 2
 
 
 def test_logical_axes_are_split_by_the_table() -> None:

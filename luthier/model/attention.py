@@ -1,7 +1,8 @@
 """Causal attention within segments: one function, the platform's best kernel.
 
 ``blockwise`` is plain XLA and runs anywhere; ``cudnn`` and ``splash`` are the fused kernels of NVIDIA GPUs and TPUs.
-Where a cache goes before the tokens, ``attention_cached`` takes over. Left out on purpose: attention that is not
+Where a cache goes before the tokens, ``attention_cached`` takes over, and where a row's tokens lie on several devices,
+``attention_context``. Left out on purpose: attention that is not
 causal, and biases other than sinks.
 """
 
@@ -15,14 +16,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from luthier import mesh as mesh_lib
 from luthier.errors import UserError
+from luthier.model import zigzag
 from luthier.model.attention_blockwise import blockwise
 from luthier.model.attention_cached import cached
+from luthier.model.attention_context import across, gathering
 from luthier.model.cache import LayerPast
-from luthier.model.segments import Prefixed, Segments, related
+from luthier.model.segments import Prefixed, Segments, related, seen
 
 Kernel = Callable[..., jax.Array]
 
@@ -53,6 +57,7 @@ def attention(
     softcap: float | None = None,
     sinks_N: jax.Array | None = None,
     past: LayerPast | None = None,
+    context: str | None = None,
 ) -> jax.Array:
     """Return ``[B, T, N, H]``: each token attends to the tokens of its segment up to itself, by their order in the row.
 
@@ -67,7 +72,8 @@ def attention(
     ``scale`` multiplies scores (default ``H ** -0.5`` of queries), which ``softcap`` then bounds: s becomes ``softcap *
     tanh(s / softcap)`` (Gemma 2, arXiv 2408.00118). ``sinks_N`` is a score for each query head that takes its share of
     the softmax and has no value (gpt-oss, arXiv 2508.10925). With a ``past``, rows go on from what is cached of them,
-    and have no segments.
+    and have no segments. ``context`` says that rows lie over the mesh's ``context`` axis in the order of ``zigzag``,
+    and how keys and values get to the queries: "all_gather" or "ring".
 
     Raises UserError where ``implementation`` ("auto", "blockwise", "cudnn" or "splash") cannot run here, ValueError for
     prefixed segments where ``shares_prompts`` says no, or without positions where there is a ``window``.
@@ -79,9 +85,14 @@ def attention(
     if isinstance(segments, Prefixed) and window is None:
         segments = segments._replace(positions_BT=None)  # they are no concern of the program
     needs = Needs(q_BTNH.shape[-1], v_BSKH.shape[-1], softcap is not None, sinks_N is not None)
-    kernel = functools.partial(choose(implementation, q_BTNH.dtype, needs), scale=scale, window=window, softcap=softcap)
+    kernel = choose(implementation, q_BTNH.dtype, needs)
+    if context == "ring" or (context is not None and kernel is blockwise):
+        kernel = functools.partial(across, ring=context == "ring")
+    elif context is not None:
+        kernel = functools.partial(gathering, kernel)
+    kernel = functools.partial(kernel, scale=scale, window=window, softcap=softcap)
     with jax.named_scope("attention_kernel"):
-        return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments, sinks_N)
+        return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments, sinks_N, None if context is None else zigzag.AXIS)
 
 
 def choose(implementation: str, dtype: Any, needs: Needs) -> Kernel:
@@ -120,11 +131,16 @@ def cudnn(
     scale: float,
     window: int | None,
     softcap: None = None,
+    ways: int = 1,
 ) -> jax.Array:
     """Return attention by cuDNN's fused kernel; packed rows take a mask ``[B, 1, T, T]``, scores are never whole.
 
-    It knows neither sinks nor soft caps.
+    It knows neither sinks nor soft caps. With ``ways`` over 1, queries are those that ``zigzag`` puts on this device.
     """
+    if ways > 1:
+        mask = _spread_mask(k_BSKH.shape[1], segments, window)
+        o_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale, implementation="cudnn")
+        return checkpoint_name(o_BTNH, "attention")
     length = q_BTNH.shape[1]
     if length % 2 and segments is not None:  # cuDNN takes masks of even size alone
         pad = ((0, 0), (0, 1))
@@ -144,6 +160,13 @@ def cudnn(
         implementation="cudnn",
     )
     return o_BTNH[:, :length]
+
+
+def _spread_mask(length: int, segments: Segments, window: int | None) -> jax.Array:
+    """Return ``[B or 1, 1, t, T]``: what the tokens of rows of ``length`` that lie on this device see."""
+    places_t = zigzag.own_places(length)
+    of_queries = jax.tree.map(lambda ids_BT: ids_BT[:, places_t], segments)
+    return seen(places_t, jnp.arange(length), of_queries, segments, window)[:, None]
 
 
 def _named(implementation: str, dtype: Any, needs: Needs) -> str:
@@ -166,9 +189,18 @@ def _described(needs: Needs) -> str:
 
 
 def _over_mesh(
-    kernel: Kernel, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments: Segments, sinks_N: Any
+    kernel: Kernel,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments: Segments,
+    sinks_N: Any,
+    time: str | None,
 ) -> jax.Array:
-    """Run ``kernel`` on each device's rows and heads; both are independent, so no device needs another's."""
+    """Run ``kernel`` on each device's rows and heads; both are independent, so no device needs another's.
+
+    The tokens of a row are split over the mesh axis ``time``, where it is given: those the kernel sees to.
+    """
     mesh = mesh_lib.current()
     if mesh is None or mesh.size == 1:
         return kernel(q_BTNH, k_BSKH, v_BSKH, segments, sinks_N)
@@ -180,8 +212,8 @@ def _over_mesh(
         if q_BTNH.shape[2] % kv_heads == 0:
             heads = "tensor"
             k_BSKH, v_BSKH = (jnp.repeat(x, kv_heads // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
-    spec = P(batch, None, heads, None)
-    specs = (spec, spec, spec, P(batch), P(heads))
+    spec = P(batch, time, heads, None)
+    specs = (spec, spec, spec, P(batch, time), P(heads))
     # Each row and head is computed whole on one device: there is no replication for check_vma to verify.
     return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(
         q_BTNH, k_BSKH, v_BSKH, segments, sinks_N

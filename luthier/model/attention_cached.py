@@ -7,7 +7,7 @@ serves all lengths. Left out on purpose: gradients, which sampling has no use fo
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,7 @@ import jax.numpy as jnp
 from luthier.model import layers
 from luthier.model.attention_blockwise import FORBIDDEN, matmul, outputs
 from luthier.model.cache import LayerPast
-
-
-class _Softmax(NamedTuple):
-    """Of the scores so far: the greatest, the sum of exponentials against it, and the values weighted by those."""
-
-    top_BKR: jax.Array
-    total_BKR: jax.Array
-    values_BKRH: jax.Array
+from luthier.model.softmax import Softmax
 
 
 def cached(
@@ -48,7 +41,7 @@ def cached(
     new = alone(q_BTNH, k_BTKH, v_BTKH, sinks_N, scale=scale, window=window, softcap=softcap)
     queries_BT = past.lengths_B[:, None] + jnp.arange(T)
 
-    def block(number: jax.Array, so_far: _Softmax) -> _Softmax:
+    def block(number: jax.Array, so_far: Softmax) -> Softmax:
         keys, values = past.read(number, v_BTKH.shape[-1])
         positions_BS = past.positions(number)
         allowed_BTS = jnp.broadcast_to((positions_BS >= 0)[:, None], (B, T, positions_BS.shape[1]))
@@ -56,15 +49,7 @@ def cached(
             allowed_BTS &= queries_BT[:, :, None] - positions_BS[:, None] < window
         allowed = jnp.repeat(allowed_BTS, group, axis=1)[:, None]
         scores = layers.softcap(matmul(q_BKRH.astype(keys.dtype), keys, transpose=True) * scale, softcap)
-        scores = jnp.where(allowed, scores, FORBIDDEN)
-        top_BKR = jnp.maximum(so_far.top_BKR, scores.max(axis=-1))
-        p = jnp.exp(scores - top_BKR[..., None])
-        fade_BKR = jnp.exp(so_far.top_BKR - top_BKR)
-        return _Softmax(
-            top_BKR,
-            so_far.total_BKR * fade_BKR + p.sum(axis=-1),
-            so_far.values_BKRH * fade_BKR[..., None] + matmul(p.astype(values.dtype), values),
-        )
+        return so_far.met(jnp.where(allowed, scores, FORBIDDEN), values, values.dtype)
 
     whole = jax.lax.fori_loop(0, past.blocks, block, new)
     o_BKRH = (whole.values_BKRH / whole.total_BKR[..., None]).astype(q_BTNH.dtype)
@@ -73,7 +58,7 @@ def cached(
 
 def _over_itself(
     q_B1NH: Any, k_B1KH: Any, v_B1KH: Any, sinks_N: Any, *, scale: float, window: int | None, softcap: float | None
-) -> _Softmax:
+) -> Softmax:
     """Return the softmax of one new token over itself, and the sinks."""
     B, _, _, H = q_B1NH.shape
     q_BKRH = q_B1NH.reshape(B, k_B1KH.shape[2], -1, H)
@@ -83,14 +68,14 @@ def _over_itself(
     )
     values = jnp.broadcast_to(v_BK1H.astype(jnp.float32), (*q_BKRH.shape[:3], v_BK1H.shape[-1]))
     if sinks_N is None:
-        return _Softmax(score_BKR, jnp.ones_like(score_BKR), values)
+        return Softmax(score_BKR, jnp.ones_like(score_BKR), values)
     sink_KR = sinks_N.astype(jnp.float32).reshape(score_BKR.shape[1:])
     top_BKR = jnp.maximum(score_BKR, sink_KR)
     p_BKR = jnp.exp(score_BKR - top_BKR)
-    return _Softmax(top_BKR, p_BKR + jnp.exp(sink_KR - top_BKR), values * p_BKR[..., None])
+    return Softmax(top_BKR, p_BKR + jnp.exp(sink_KR - top_BKR), values * p_BKR[..., None])
 
 
-def _over_new(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, sinks_N: Any, **settings: Any) -> _Softmax:
+def _over_new(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, sinks_N: Any, **settings: Any) -> Softmax:
     """Return the softmax of several new tokens over each other, and the sinks."""
     o_BKRH, lse_BKR = outputs(q_BTNH, k_BTKH, v_BTKH, sinks_N, **settings)
-    return _Softmax(lse_BKR, jnp.ones_like(lse_BKR), o_BKRH.astype(jnp.float32))
+    return Softmax(lse_BKR, jnp.ones_like(lse_BKR), o_BKRH.astype(jnp.float32))

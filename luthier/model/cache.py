@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from luthier import mesh as mesh_lib
 
 BLOCK = 128  # slots that attention reads at a time; rows are whole blocks
-AXES = ("layer", "batch", "kv_heads", "time", "head_dim")
+AXES = ("layer", "batch", "kv_heads", "slots", "head_dim")
 ROUTES = "routes"
 """The name of a line that keeps which experts tokens were sent to, in the place of keys (arXiv 2510.11370)."""
 

@@ -14,11 +14,14 @@ from luthier import mesh
 
 @dataclass(frozen=True)
 class Compute:
-    """The type of activations, the attention kernel, and what the backward pass recomputes."""
+    """The type of activations, the attention kernel, what the backward pass recomputes, and how keys and values reach
+    queries on other devices of the ``context`` axis.
+    """
 
     dtype: Any = jnp.float32
     attention: str = "auto"
     remat: str = "none"
+    context: str = "all_gather"
 
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """Return the context to trace in: fp32 stays fp32, not the shorter types that GPUs and TPUs multiply it in."""

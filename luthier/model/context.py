@@ -23,7 +23,7 @@ class Here:
 
     ``positions_BT`` counts the tokens of each sequence. ``ropes`` has the rotations of each kind in the model, ``past``
     what is cached of the layer, None where nothing goes before. ``routes_BTk`` gives the experts of each token, which
-    are chosen here where it is None.
+    are chosen here where it is None. ``context`` is ``attention``'s: None where each device has whole rows.
     """
 
     positions_BT: jax.Array
@@ -32,3 +32,4 @@ class Here:
     ropes: Mapping[Rope, Rotation]
     past: LayerPast | None = None
     routes_BTk: jax.Array | None = None
+    context: str | None = None

@@ -12,14 +12,18 @@ from luthier import mesh
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """Return ``x`` with its last two axes exchanged, on a CPU also in memory."""
-    swapped = x.mT
-    return with_layout_constraint(swapped, Layout(tuple(range(x.ndim)))) if mesh.platform() == "cpu" else swapped
+    """Return ``x`` with its last two axes exchanged, on a CPU also in memory.
+
+    Not over several devices: XLA does not split what has a layout of its own, and would gather it on each.
+    """
+    swapped, here = x.mT, mesh.current()
+    alone = here is None or here.size == 1
+    return with_layout_constraint(swapped, Layout(tuple(range(x.ndim)))) if alone and _on_cpu() else swapped
 
 
 def fence(x: jax.Array) -> jax.Array:
     """Return ``x``, on a CPU kept out of fusions with what uses it."""
-    return jax.lax.optimization_barrier(x) if mesh.platform() == "cpu" else x
+    return jax.lax.optimization_barrier(x) if _on_cpu() else x
 
 
 def compiler_options() -> dict[str, str]:
@@ -28,5 +32,8 @@ def compiler_options() -> dict[str, str]:
     XLA's CPU compiler would order a program for concurrency, which fills the memory of gradients with zeros before the
     forward pass: 0.2 GB more at SmolLM2's peak of 3 GB, and no sooner done.
     """
-    cpu = mesh.platform() == "cpu"
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if cpu else {}
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if _on_cpu() else {}
+
+
+def _on_cpu() -> bool:
+    return mesh.platform() == "cpu"

@@ -65,13 +65,24 @@ def token_logp(
     where it comes with ``entropy``, of which nothing is announced.
     """
     how = _How(cap, temperature, entropy)
+    if cotangent_BT is not None and entropy:
+        raise ValueError("token_logp: an announced gradient is that of log-probs alone, not of an entropy")
+    length, mesh = hidden_BTD.shape[1], mesh_lib.current()
+    short = 0 if mesh is None else -length % mesh.shape["context"]
+    if short:
+        hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, short), (0, 0)))
+    arrays_BT = [targets_BT] if cotangent_BT is None else [targets_BT, jax.lax.stop_gradient(cotangent_BT)]
+    arrays_BT = [_whole_rows(jnp.pad(x, ((0, 0), (0, short)))) for x in arrays_BT]
     with jax.named_scope("token_logp"):
-        if cotangent_BT is None:
-            return _scores(how, hidden_BTD, head_VD, targets_BT)
-        if entropy:
-            raise ValueError("token_logp: an announced gradient is that of log-probs alone, not of an entropy")
-        cotangent_BT = jax.lax.stop_gradient(cotangent_BT)
-        return TokenScores(*_linear_scores(how, hidden_BTD, head_VD, targets_BT, cotangent_BT))
+        score = _scores if cotangent_BT is None else _linear_scores
+        scores = TokenScores(*score(how, hidden_BTD, head_VD, *arrays_BT))
+    return jax.tree.map(lambda score_BT: _whole_rows(score_BT)[:, :length], scores)
+
+
+def _whole_rows(x_BT: jax.Array) -> jax.Array:
+    """Keep whole, along time, what callers shift by a token: XLA shifts rows that are split wrongly (jax 0.10)."""
+    mesh = mesh_lib.current()
+    return x_BT if mesh is None or mesh.shape["context"] == 1 else mesh_lib.constrain(x_BT, "batch", "slots")
 
 
 class _How(NamedTuple):
@@ -124,14 +135,14 @@ _linear_scores.defvjp(_linear_scores_forward, _linear_scores_backward)
 
 
 class _Axes(NamedTuple):
-    """The mesh axes that rows and vocabulary are split over inside ``shard_map``; empty where they are whole."""
+    """The mesh axes that tokens and vocabulary are split over inside ``shard_map``; empty where they are whole."""
 
-    batch: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
 
 
 def _over_mesh(local: Any, how: _How, hidden_BTD: jax.Array, head_VD: jax.Array, *arrays_BT: Any) -> Any:
-    """Run ``local(axes, how, ...)`` on each device's rows and part of the vocabulary.
+    """Run ``local(axes, how, ...)`` on each device's tokens and part of the vocabulary.
 
     The gradient of the head is then summed over a device's chunks first and over devices once, at the end.
     """
@@ -139,17 +150,18 @@ def _over_mesh(local: Any, how: _How, hidden_BTD: jax.Array, head_VD: jax.Array,
     if mesh is None or mesh.size == 1:
         return local(_Axes(), how, hidden_BTD, head_VD, *arrays_BT)
     batch = mesh_lib.BATCH_AXES if hidden_BTD.shape[0] % mesh_lib.batch_shards(mesh) == 0 else ()
+    time = ("context",) if mesh.shape["context"] > 1 else ()
     vocab = ("tensor",) if head_VD.shape[0] % mesh.shape["tensor"] == 0 else ()
-    by_row, by_token = P(batch or None), P(vocab or None)
+    by_token, by_word = P(batch or None, time or None), P(vocab or None)
     outputs = {
-        _local_scores: by_row,
-        _local_gradients: (by_row, by_token),
-        _local_linear: (by_row, by_row, by_row, by_token),
+        _local_scores: by_token,
+        _local_gradients: (by_token, by_word),
+        _local_linear: (by_token, by_token, by_token, by_word),
     }[local]
     return jax.shard_map(
-        functools.partial(local, _Axes(batch, vocab), how),
+        functools.partial(local, _Axes((*batch, *time), vocab), how),
         mesh=mesh,
-        in_specs=(by_row, by_token, *[by_row] * len(arrays_BT)),
+        in_specs=(by_token, by_word, *[by_token] * len(arrays_BT)),
         out_specs=outputs,
         check_vma=False,
     )(hidden_BTD, head_VD, *arrays_BT)
@@ -189,7 +201,7 @@ def _local_gradients(
     start = jnp.zeros(head_VD.shape, jnp.float32)
     arrays = (hidden_BTD, targets_BT, lse_BT, dlogp_BT, entropy_BT, dentropy_BT)
     dhead_VD, dhidden_BTD = _over_chunks(chunk, start, head_VD.shape[0], *arrays)
-    return dhidden_BTD, _sum_over(axes.batch, dhead_VD).astype(head_VD.dtype)
+    return dhidden_BTD, _sum_over(axes.tokens, dhead_VD).astype(head_VD.dtype)
 
 
 def _local_linear(axes: _Axes, how: _How, hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> Any:
@@ -208,7 +220,7 @@ def _local_linear(axes: _Axes, how: _How, hidden_BTD: Any, head_VD: Any, targets
     start = jnp.zeros(head_VD.shape, jnp.float32)
     arrays = (hidden_BTD, targets_BT, cotangent_BT)
     dhead_VD, (logp_BT, correct_BT, dhidden_BTD) = _over_chunks(chunk, start, head_VD.shape[0], *arrays)
-    return logp_BT, correct_BT, dhidden_BTD, _sum_over(axes.batch, dhead_VD).astype(head_VD.dtype)
+    return logp_BT, correct_BT, dhidden_BTD, _sum_over(axes.tokens, dhead_VD).astype(head_VD.dtype)
 
 
 def _logits(how: _How, head: jax.Array, hidden_MD: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from luthier import mesh
-from luthier.model import quant
+from luthier.model import embedding, zigzag
 from luthier.model.attention import Needs
 from luthier.model.cache import Fresh, Line, Past
 from luthier.model.compute import Compute
@@ -234,12 +234,18 @@ def forward(
     With a ``past``, the tokens go on from what is cached, and what is to be cached of them is returned. With
     ``routes_LBTk``, tokens are sent to these experts, by layers with experts in their order.
     """
+    length, context = tokens_BT.shape[1], None
+    if past is None and zigzag.ways() > 1:
+        context = compute.context
+        segments = zigzag.spread_segments(segments, tokens_BT)
+        tokens_BT, positions_BT = zigzag.spread(tokens_BT), zigzag.spread(positions_BT, repeat_last=True)
+        routes_LBTk = None if routes_LBTk is None else zigzag.spread(routes_LBTk, axis=2)
     with jax.named_scope("embed"):
-        x_BTD = quant.rows(params["embed"], tokens_BT, compute.dtype)
+        x_BTD = embedding.rows(params["embed"], tokens_BT, compute.dtype, "slots" if context is None else "time")
         if decoder.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(decoder.embed_scale, compute.dtype)
-        x_BTD = mesh.constrain(x_BTD, "batch", "time", "norm")
-    here = Here(positions_BT, segments, compute, _rotations(decoder, positions_BT))
+        x_BTD = _placed(x_BTD, context)
+    here = Here(positions_BT, segments, compute, _rotations(decoder, positions_BT), context=context)
     fresh: dict[str, Fresh] = {}
     routed: list[Any] = []
     for run in decoder.runs:
@@ -248,7 +254,16 @@ def forward(
         fresh |= of_run
         routed += sent
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routed) if routed else None
-    return Output(decoder.norm.apply(params["norm"], x_BTD), fresh, whole)
+    x_BTD = decoder.norm.apply(params["norm"], x_BTD)
+    if context is not None:
+        x_BTD = zigzag.restored(x_BTD, length)
+        whole = whole and replace(whole, chosen_BTk=zigzag.natural(whole.chosen_BTk, length, axis=2))
+    return Output(x_BTD, fresh, whole)
+
+
+def _placed(x_BTD: jax.Array, context: str | None) -> jax.Array:
+    """Pin the layout of the residual stream: tokens of a row are split where attention knows of it."""
+    return mesh.constrain(x_BTD, "batch", "slots" if context is None else "time", "norm")
 
 
 def _rotations(decoder: Decoder, positions_BT: jax.Array) -> dict[Rope, Rotation]:
@@ -305,4 +320,4 @@ def _layer(norm: Norm, layer: Layer, here: Here, x_BTD: jax.Array, p: Tree) -> t
     with jax.named_scope("mlp"):
         out_BTD, routed = layer.mlp.apply(p["mlp"], normed("before_mlp", x_BTD), here)
         x_BTD = x_BTD + normed("after_mlp", out_BTD)
-    return mesh.constrain(x_BTD, "batch", "time", "norm"), fresh, routed
+    return _placed(x_BTD, here.context), fresh, routed

@@ -112,6 +112,7 @@ class Grouped:
             scale=self.scale,
             window=self.window,
             past=here.past,
+            context=here.context,
             **self._extras(p),
         )
         return biased(dense("BTNH,DNH->BTD", o_BTNH, p["o"]), p.get("o_bias")), Fresh(k_BTKH, v_BTKH)

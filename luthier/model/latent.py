@@ -143,8 +143,8 @@ class Latent:
 
     def _attention(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, here: Here) -> jax.Array:
         scale = self.head_dim**-0.5 * self.rope.score_factor
-        kernel, past = here.compute.attention, here.past
-        return attention(q_BTNH, k_BTKH, v_BTKH, here.segments, implementation=kernel, scale=scale, past=past)
+        how = {"implementation": here.compute.attention, "past": here.past, "context": here.context}
+        return attention(q_BTNH, k_BTKH, v_BTKH, here.segments, scale=scale, **how)
 
     def _down(self, letters: str, tensor: str, hidden_size: int, size: int) -> dict[str, Param]:
         """Declare a first product, from the model's width to a small vector, and its bias."""

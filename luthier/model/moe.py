@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from luthier import mesh as mesh_lib
-from luthier.model import dispatch, router
+from luthier.model import dispatch, router, zigzag
 from luthier.model.context import Here
 from luthier.model.experts import grouped
 from luthier.model.layers import gated
@@ -121,15 +121,20 @@ class Moe(Routing):
             chosen_BTk = jnp.where(real_BT[..., None], chosen_BTk, self.experts)
         with jax.named_scope("experts"):
             weights = {name: p[name] for name in _SPECS if name in p}
-            out_BTD = self._over_mesh(weights, x_BTD, chosen_BTk, weights_BTk)
+            out_BTD = self._over_mesh(weights, x_BTD, chosen_BTk, weights_BTk, here.context is not None)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 shared_BTD, _ = self.shared.apply(p["shared"], x_BTD, here)
                 out_BTD = out_BTD + shared_BTD
         return out_BTD, routed
 
-    def _over_mesh(self, p: Tree, x_BTD: jax.Array, chosen_BTk: jax.Array, weights_BTk: jax.Array) -> jax.Array:
-        """Run the experts on each device: its own experts, and its part of their inner numbers."""
+    def _over_mesh(
+        self, p: Tree, x_BTD: jax.Array, chosen_BTk: jax.Array, weights_BTk: jax.Array, by_time: bool
+    ) -> jax.Array:
+        """Run the experts on each device: its own experts, and its part of their inner numbers.
+
+        ``by_time``: rows are split over the mesh's ``context`` axis too.
+        """
         mesh = mesh_lib.current()
         if mesh is None or mesh.size == 1:
             return self._on_device(dispatch.locally, (), p, x_BTD, chosen_BTk, weights_BTk)
@@ -141,7 +146,7 @@ class Moe(Routing):
             way = dispatch.here
         else:
             way = dispatch.gathered if mesh_lib.platform() == "cpu" else dispatch.exchanged
-        rows = P(mesh_lib.BATCH_AXES if split else None)
+        rows = P(mesh_lib.BATCH_AXES if split else None, zigzag.AXIS if by_time else None)
         # Sums over devices are written out: there is no replication for check_vma to verify.
         p = jax.tree.map(functools.partial(_in_blocks, mesh.shape["tensor"]), p, is_leaf=is_quantised)
         specs = {name: _placed(weight, _SPECS[name]) for name, weight in p.items()}

@@ -127,6 +127,44 @@ class Param:
             whole[self._own] = piece
         tensor[...] = einops.rearrange(whole, f"{right.strip()} -> {left.strip()}", **self._split_sizes())
 
+    def block(self, where: Sequence[slice]) -> tuple[slice, ...]:
+        """Return which block of the Hugging Face tensor holds the part ``where`` of one slice of ours.
+
+        ``where`` gives the first entry and the one after the last of each dimension of the slice.
+        """
+        spans, sizes = self._spans(where), self._sizes()
+        block = []
+        for first, *others in self.sides:
+            inner = math.prod(sizes[name] for name in others)
+            block.append(slice(spans[first].start * inner, spans[first].stop * inner))
+        return tuple(block)
+
+    def from_block(self, block: np.ndarray, where: Sequence[slice]) -> np.ndarray:
+        """Return the part ``where`` of one slice of ours from its ``block``; a view where the layout allows it."""
+        spans, sizes = self._spans(where), self._sizes()
+        firsts = {side[0] for side in self.sides}
+        sizes |= {name: spans[name].stop - spans[name].start for name in firsts}
+        joined = {name: sizes[name] for side in self.sides if len(side) > 1 for name in side}
+        steps = {} if self.part is None else {self.part.axis: self.part.step}
+        own = (
+            slice(
+                0 if name in firsts else spans[name].start,
+                None if name in firsts else spans[name].stop,
+                steps.get(name),
+            )
+            for name in self.names
+        )
+        return einops.rearrange(block, self.layout, **joined)[tuple(own)]
+
+    def _spans(self, where: Sequence[slice]) -> dict[str, slice]:
+        """Return {name of the layout: from which of its entries in the tensor to which ``where`` reaches}."""
+        spans = dict(zip(self.names, where, strict=True))
+        if self.part is not None:
+            own, part = spans[self.part.axis], self.part
+            last = part.start + (own.stop - 1) * part.step
+            spans[part.axis] = slice(part.start + own.start * part.step, last + 1)
+        return spans
+
     @property
     def _own(self) -> tuple[slice, ...]:
         """Where in the rearranged tensor this weight lies."""

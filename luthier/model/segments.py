@@ -44,3 +44,15 @@ def related(queries: Any, keys: Any, window: int | None) -> jax.Array:
     if queries.positions_BT is None:
         raise ValueError("attention: prefixed segments lack positions, by which a window is counted")
     return related_BQS & (queries.positions_BT[:, :, None] - keys.positions_BT[:, None, :] < window)
+
+
+def seen(places_Q: jax.Array, places_S: jax.Array, queries: Any, keys: Any, window: int | None) -> jax.Array:
+    """Return ``[B or 1, Q, S]``: whether each key is seen by each query, given their places in the row.
+
+    ``queries`` and ``keys`` are their parts of the same ``Segments``, None too.
+    """
+    distance = places_Q[:, None] - places_S
+    seen_QS = distance >= 0
+    if window is not None and not isinstance(queries, Prefixed):
+        seen_QS &= distance < window
+    return seen_QS[None] if queries is None else seen_QS & related(queries, keys, window)

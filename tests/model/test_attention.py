@@ -13,7 +13,8 @@ from compare import TOLERANCE, assert_close
 from luthier import mesh
 from luthier.config import ModelKeys
 from luthier.errors import UserError
-from luthier.model import attention_blockwise
+from luthier.model import attention as attention_module
+from luthier.model import attention_blockwise, attention_context, zigzag
 from luthier.model.attention import Needs, attention, choose, cudnn, shares_prompts
 from luthier.model.attention_splash import splash
 from luthier.model.segments import Prefixed
@@ -309,3 +310,74 @@ def test_splash_interpreted_equals_whole_scores(
     kernel = functools.partial(splash, scale=0.25, window=window, softcap=softcap, interpret=True)
     reference = functools.partial(whole, scale=0.25, window=window, softcap=softcap)
     assert_equal(kernel, reference, *arrays(T, V=values), *sinks)
+
+
+def over_context(strategy: str, **settings):
+    """Return attention whose arrays are spread over the context axis and put together again."""
+
+    def function(q, k, v, segments, **sinks):
+        spread = (zigzag.spread(x) for x in (q, k, v))
+        ids = zigzag.spread_segments(segments, q[:, :, 0, 0])
+        return zigzag.natural(attention(*spread, ids, context=strategy, **settings, **sinks), q.shape[1])
+
+    return function
+
+
+CONTEXTS = {
+    "plain": ({}, 64, None, []),
+    "segments, a length that does not divide": ({}, 75, "whole", []),
+    "window, soft cap, sinks": ({"window": 20, "softcap": 2.5}, 75, "whole", [jnp.linspace(-1.0, 2.0, 8)]),
+    "window": ({"window": 20}, 75, "whole", []),
+    "shared prompts": ({}, 75, "prefixed", []),
+    "shared prompts, window": ({"window": 9}, 75, "prefixed", []),
+}
+FIRST_CONTEXT = {("ring", "shared prompts, window"), ("all_gather", "window, soft cap, sinks")}
+
+
+def knows(kernel: str, case: str) -> bool:
+    """Say whether a kernel can be asked for this."""
+    return not (kernel == "splash" and "shared" in case) and not (kernel == "cudnn" and "sinks" in case)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "case"),
+    [
+        pytest.param(strategy, case, marks=[] if (strategy, case) in FIRST_CONTEXT else pytest.mark.slow)
+        for strategy in ("ring", "all_gather", "splash", "cudnn")
+        for case in CONTEXTS
+        if knows(strategy, case)
+    ],
+)
+def test_rows_over_several_devices_equal_one(monkeypatch: pytest.MonkeyPatch, strategy: str, case: str) -> None:
+    """By each kernel: splash interpreted, cuDNN's place taken by XLA with the same arguments."""
+    settings, T, kind, sinks = CONTEXTS[case]
+    q, k, v, segments, g = arrays(T, B=4, N=8, K=2, V=None if strategy == "cudnn" else 8)
+    segments = {None: None, "whole": segments, "prefixed": prefixed(T, B=4)}[kind]
+    expected = value_and_gradients(functools.partial(attention, **settings), q, k, v, segments, g, *sinks)
+    monkeypatch.setattr(attention_context, "MAX_BLOCK", 16)
+    if strategy in ("splash", "cudnn"):
+        plain = jax.nn.dot_product_attention
+        monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: plain(*a, **k | {"implementation": "xla"}))
+        kernel = {"splash": functools.partial(splash, interpret=True), "cudnn": cudnn}[strategy]
+        monkeypatch.setattr(attention_module, "choose", lambda *_: kernel)
+        strategy = "all_gather"
+    keys = ModelKeys(ici_context_parallelism=4, ici_fsdp_parallelism=1, ici_tensor_parallelism=2)
+    with mesh.use(mesh.make(keys)):
+        found = value_and_gradients(over_context(strategy, **settings), q, k, v, segments, g, *sinks)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ring", marks=pytest.mark.slow), "all_gather"])
+def test_blocks_that_no_token_sees_are_left_out(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """Were they multiplied, what is spoiled in them would spoil all."""
+    monkeypatch.setattr(attention_context, "MAX_BLOCK", 16)
+    q, k, v, *_ = arrays(128, B=1, N=8)
+    first = (jnp.arange(128) < 64)[None]
+    spoiled = [jnp.where(first[:, :, None, None], x, jnp.nan) for x in (k, v)]
+    with mesh.use(mesh.make(ModelKeys(ici_context_parallelism=4, ici_fsdp_parallelism=1, ici_tensor_parallelism=2))):
+        for segments in (None, jnp.where(first, 1, 2)):
+            o = jax.jit(over_context(strategy))(q, *spoiled, segments)
+            assert np.isfinite(o[:, :64]).all()
+        o = jax.jit(over_context(strategy))(q, *(x[:, ::-1] for x in spoiled), jnp.where(first, 1, 2))
+        assert np.isfinite(o[:, 64:]).all()

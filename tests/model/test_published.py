@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from published import PUBLISHED
 
 from luthier import mesh as mesh_lib
 from luthier.config import ModelKeys
 from luthier.model import families, param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
+from luthier.model.published import PUBLISHED
 from luthier.types import Batch
 
 BIG = 10**6  # numbers in one layer's tensor, more than which no device should hold whole

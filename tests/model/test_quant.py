@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import assert_close
-from published import PUBLISHED
 
 import tiny
 from luthier import mesh as mesh_lib
@@ -21,6 +20,7 @@ from luthier.model import codes, param, quant
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.model.param import Param, Part, declare, stacked
+from luthier.model.published import PUBLISHED
 
 LIMIT = 5.5e9  # bytes of an 8B base in NF4
 WORKING = 1.5e9  # and of all that a forward pass over 256 tokens of it needs besides

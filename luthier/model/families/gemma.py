@@ -53,6 +53,15 @@ def read(config: Mapping[str, Any]) -> Decoder:
     )
 
 
+def text_only(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``config.json`` of a multimodal checkpoint's text model by itself."""
+    outer = Fields(config)
+    text = outer.text_config(("gemma3_text",), _USUAL | _TEXT)
+    own = {"architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": outer.flag("tie_word_embeddings", True)}
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+    return {name: config[name] for name in kept if name in config} | text | own
+
+
 def _text(fields: Fields, **names: Any) -> Decoder:
     _check(fields)
     first, third = fields.model_type == "gemma", fields.model_type == "gemma3_text"

@@ -1,7 +1,10 @@
 """The `config.json` of released models, full size: the fields that matter, under the names that the hub's files have.
 
-Sizes and settings are facts that their authors publish. ``parameters`` counts what the language model's checkpoint
-holds: without V3's head for several tokens at once, and for Gemma 3's larger models without the tower for images.
+So a model can be planned for, and a checkpoint without a `config.json` be read, with no network. Sizes and settings are
+facts that their authors publish. ``parameters`` counts what the language model's checkpoint holds: without V3's head
+for several tokens at once, and for Gemma 3's larger models without the tower for images.
+
+Left out on purpose: tokenizers and weights, which the hub has.
 """
 
 from __future__ import annotations
@@ -334,3 +337,30 @@ PUBLISHED: dict[str, Published] = {
         _config("phi3", 100352, 5120, 17920, 40, 40, 10, rms_norm_eps=1e-5, rope_theta=250000), 14_659_507_200
     ),
 }  # fmt: skip
+
+SAME: dict[str, str] = {
+    "meta-llama/Llama-2-7b-chat-hf": "meta-llama/Llama-2-7b-hf",
+    "meta-llama/Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B",
+    "meta-llama/Llama-3.1-70B-Instruct": "meta-llama/Llama-3.1-70B",
+    "meta-llama/Llama-3.3-70B-Instruct": "meta-llama/Llama-3.1-70B",
+    "meta-llama/Llama-3.1-405B-Instruct": "meta-llama/Llama-3.1-405B",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M",
+    "Qwen/Qwen2.5-7B-Instruct": "Qwen/Qwen2.5-7B",
+    "google/gemma-2b-it": "google/gemma-2b",
+    "google/gemma-7b-it": "google/gemma-7b",
+    "google/gemma-2-9b-it": "google/gemma-2-9b",
+    "google/gemma-2-27b-it": "google/gemma-2-27b",
+    "google/gemma-3-270m-it": "google/gemma-3-270m",
+    "google/gemma-3-1b-it": "google/gemma-3-1b-pt",
+    "google/gemma-3-4b-it": "google/gemma-3-4b-pt",
+    "google/gemma-3-27b-it": "google/gemma-3-27b-pt",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistralai/Mistral-7B-v0.3",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": "mistralai/Mixtral-8x7B-v0.1",
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-ai/DeepSeek-V2-Lite",
+}
+"""Releases of the same sizes: tuned ones, and what they were tuned from."""
+
+
+def find(hub_id: str) -> Published | None:
+    """Return the released model of that hub id, or of its sizes; None where it is not in the table."""
+    return PUBLISHED.get(SAME.get(hub_id, hub_id))
