@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from luthier.checkpoint import gguf_writing, huggingface, tokenizer
+from luthier.checkpoint import gguf_writing, huggingface, maxtext_writing, tokenizer
 from luthier.checkpoint import source as sources
 from luthier.checkpoint.card import converted_card
 from luthier.checkpoint.gguf_writing import Kind
@@ -55,8 +55,15 @@ def run(config: ConvertConfig) -> None:
     else:
         if config.dtype != "auto":
             tensors = _as_type(_kept(source.exact_tensors, model), model.spec, config.dtype)
-        huggingface.write(path, tensors, source, partial(tokenizer.save, words), card=converted_card(source))
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        save, card = partial(tokenizer.save, words), converted_card(source)
+        if config.format == "maxtext":
+            exact = config.dtype == "auto"
+            size = maxtext_writing.write(
+                path, source, tensors, save, scanned=config.scan_layers, exact=exact, card=card
+            )
+        else:
+            huggingface.write(path, tensors, source, save, card=card)
+            size = sum(tensor.nbytes for tensor in tensors.values())
     merged = f", {source.adapter} merged into it" if source.adapter else ""
     terminal.messages().print(
         f"{path}: {source.name}{merged}; {param.count(model.spec):,} weights, {size / 1e9:.2f} GB"

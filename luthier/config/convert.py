@@ -15,11 +15,12 @@ class ConvertConfig(SourceKeys):
 
     lora_path: str = key("", "Adapter to merge into the model first, in PEFT's layout (a folder, hub id or run).")
     output_path: str = key("", "What to write: a new folder, or a new file that ends in `.gguf`.")
-    output_format: Literal["auto", "huggingface", "gguf"] = key(
+    output_format: Literal["auto", "huggingface", "gguf", "maxtext"] = key(
         "auto", "Layout to write; `auto`: `gguf` where `output_path` ends in `.gguf`, else `huggingface`."
     )
+    scan_layers: bool = key(True, "In MaxText's layout, one array of all layers; false: an array for each.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = key(
-        "auto", "Type of the weights of a Hugging Face folder; `auto`: each in the type that it has."
+        "auto", "Type of the weights of a folder; `auto`: each in the type that it has."
     )
     gguf_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = key(
         "auto", "Type of the matrices of a GGUF file; `auto`: the type that most of the weights have."
@@ -35,11 +36,13 @@ class ConvertConfig(SourceKeys):
         if self.gguf_type != "auto" and self.format != "gguf":
             raise ValueError(f"gguf_type={self.gguf_type} is for a .gguf file: name one as output_path, or set dtype")
         if self.dtype != "auto" and self.format == "gguf":
-            raise ValueError(f"dtype={self.dtype} is for a Hugging Face folder: set gguf_type for a .gguf file")
+            raise ValueError(f"dtype={self.dtype} is for a folder: set gguf_type for a .gguf file")
+        if not self.scan_layers and self.format != "maxtext":
+            raise ValueError("scan_layers=false is for MaxText's layout: set output_format=maxtext")
         return self
 
     @property
-    def format(self) -> Literal["huggingface", "gguf"]:
+    def format(self) -> Literal["huggingface", "gguf", "maxtext"]:
         """The layout to write."""
         if self.output_format != "auto":
             return self.output_format
