@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier import remote
 from luthier.checkpoint.tensors import Stored, write_safetensors
 
 Shards = Mapping[str, Mapping[str, Stored]]
@@ -19,6 +20,8 @@ Shards = Mapping[str, Mapping[str, Stored]]
 
 def write(folder: Path, shards: Shards, documents: Mapping[str, Any], write_more: Callable[[Path], None]) -> None:
     """Write ``folder`` of tensors by file, of ``documents`` (texts, and what becomes JSON) and ``write_more``'s files.
+
+    Where it is part of a run in a bucket, it is copied there.
 
     A failure leaves the folder that was there before. The one gap is between two renames: a machine that dies just
     there leaves the old folder as ``.NAME.old``.
@@ -38,6 +41,7 @@ def write(folder: Path, shards: Shards, documents: Mapping[str, Any], write_more
         _replace(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+    remote.push(folder)
 
 
 def sync(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Weights between a checkpoint's tensors and our sharded, stacked arrays, and the folder that a run leaves.
 
-Tensors pass one at a time in both directions: loading holds the model and two tensors, saving the same. A tensor
-that holds several weights is read and written once. Types are converted on the host, where subnormal numbers survive.
-Left out on purpose: optimizer state (``state``).
+Tensors pass one at a time in both directions: loading holds the model and two tensors, saving the same; and loading,
+each process reads of floats in safetensors only the bytes that its own devices hold. Types are converted on the host,
+where subnormal numbers survive. Left out on purpose: optimizer state (``state``).
 """
 
 from __future__ import annotations
@@ -181,9 +181,18 @@ def _others(source: Source, ours: Mapping[str, Any]) -> list[str]:
 
 def _fill(weights: list[Any], places: list[_Place], stored: Stored) -> None:
     """A function of its own, so that one tensor is let go before the next is read."""
+    if stored.cut is not None and all(_is_block(weights[place.number], place.param) for place in places):
+        for number, param, index in places:
+            weights[number] = placing.fill(weights[number], param, index, stored)
+        return
     tensor = stored.read()
     for number, param, index in places:
         weights[number] = placing.put(weights[number], param, index, param.from_tensor(tensor))
+
+
+def _is_block(weight: Any, param: Param) -> bool:
+    """Whether a weight is read in blocks: not where whole matrices are quantised, or others' rows lie in between."""
+    return not quant.kind(weight) and (param.part is None or param.part.step == 1)
 
 
 def _outgoing(params: Tree, spec: Tree, source: Source, dtype: str) -> dict[str, Stored]:

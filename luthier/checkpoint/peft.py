@@ -254,7 +254,7 @@ def _saved_config(adapter: Adapter, adapter_spec: Tree, source: Source) -> dict[
     return {
         "alpha_pattern": {},
         "auto_mapping": None,
-        "base_model_name_or_path": source.hub_id or str(source.path.absolute()),
+        "base_model_name_or_path": source.hub_id or str((source.items or source.path).absolute()),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -1,26 +1,28 @@
 """What ``load_parameters_path`` and ``model_name`` mean: a place with a config and tensors.
 
 Cheap: no jax and no Transformers, so that a wrong path is refused at once; a hub model's small files are fetched here
-and its weights when they are first asked for. Left out on purpose: MaxText's Orbax folders, which are refused with
-what to do instead.
+and its weights when they are first asked for.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from luthier.checkpoint import gguf, hub, maxtext_names, quantised, tensors
+from luthier import remote
+from luthier.checkpoint import bucket, gguf, hub, maxtext_names, quantised, tensors
 from luthier.config import SourceKeys
 from luthier.errors import UserError, did_you_mean
+from luthier.model import published
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_ACCEPTED = "Give a Hugging Face folder, a hub id, a .gguf file or a Luthier run."
+_ACCEPTED = "Give a Hugging Face folder, a hub id, a .gguf file, a MaxText checkpoint or a Luthier run."
+_WEIGHTS = (tensors.SINGLE, tensors.INDEX)
+_MAXTEXT_ITEMS = ("items", "model_params", "model")  # "items": MaxText's pre-training; the others: its SFT and RL
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Source:
     ``name`` is what a model card calls it, ``path`` its folder or ``.gguf`` file, ``config`` its ``config.json``,
     ``generation_config`` the file of that name where there is one, and ``hub_id`` is set where it came from the hub.
     ``random`` has no tensors: its weights are to be initialised. ``adapter`` is the folder of the adapter, if any, that
-    is merged into the tensors as they are read.
+    is merged into the tensors as they are read. ``items`` is the folder of a MaxText checkpoint's arrays, whose files
+    do not say of which model they are: ``config`` is that of ``model``, and ``path`` where its tokenizer may be.
     """
 
-    kind: Literal["huggingface", "gguf", "random"]
+    kind: Literal["huggingface", "gguf", "maxtext", "random"]
     name: str
     path: Path
     config: dict[str, Any]
@@ -41,6 +44,8 @@ class Source:
     generation_config: dict[str, Any] | None = None
     token: str | None = field(default=None, repr=False)
     adapter: Path | None = None
+    items: Path | None = None
+    model: str = ""
 
     @cached_property
     def tensors(self) -> Mapping[str, tensors.Stored]:
@@ -67,6 +72,10 @@ class Source:
             return {}
         if self.kind == "gguf":
             return gguf.read_tensors(self.path)
+        if self.items is not None:
+            from luthier.checkpoint import maxtext  # which needs jax
+
+            return maxtext.read_tensors(self.items, self.config, self.model)
         folder = self.path
         if self.hub_id:
             patterns = [*hub.SMALL_FILES, *hub.WEIGHT_FILES]
@@ -96,7 +105,7 @@ def resolve(keys: SourceKeys) -> Source:
     key = "model_name" if name == keys.model_name else "load_parameters_path"
     source = _find(name, key, keys.hf_access_token, base="" if key == "model_name" else keys.model_name)
     if random:
-        return replace(source, kind="random", adapter=None)
+        return replace(source, kind="random", adapter=None, items=None)
     return source
 
 
@@ -118,7 +127,7 @@ def adapter_folder(name: str, key: str, token: str | None = None) -> Path:
 
     Raises UserError, of ``key``, where there is none.
     """
-    path = Path(name).expanduser()
+    path = bucket.bring(name, key) if remote.is_url(name) else Path(name).expanduser()
     for folder in (path, path / "adapter"):
         if (folder / ADAPTER_CONFIG).is_file():
             return folder
@@ -133,15 +142,13 @@ def adapter_folder(name: str, key: str, token: str | None = None) -> Path:
 
 def _find(name: str, key: str, token: str | None, base: str = "") -> Source:
     """``base`` names the model of an adapter, by default the one in its config."""
-    path = Path(name).expanduser()
+    path = bucket.bring(name, key) if remote.is_url(name) else Path(name).expanduser()
     if path.is_file():
         return _file(path, name, key)
     if path.is_dir():
         if _is_adapter(path) or (_is_adapter(path / "adapter") and not (path / "model" / "config.json").is_file()):
-            return _adapted(adapter_folder(name, key), name, key, token, base)
-        return _folder(path, name, key)
-    if re.match(r"\w+://", name):
-        raise UserError(f"{key}={name}: buckets cannot be read yet. Copy it to a local folder first.")
+            return _adapted(adapter_folder(str(path), key), name, key, token, base)
+        return _folder(path, name, key, token, base)
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or "\\" in name:
         raise UserError(f"{key}={name}: no such file or folder. {_ACCEPTED}")
     hub_id = maxtext_names.HUB_IDS.get(name, name)
@@ -156,8 +163,7 @@ def _find(name: str, key: str, token: str | None, base: str = "") -> Source:
 
 def _is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no whole model beside it."""
-    whole = (tensors.SINGLE, tensors.INDEX)
-    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in whole)
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def _adapted(folder: Path, name: str, key: str, token: str | None, base: str) -> Source:
@@ -184,17 +190,16 @@ def _file(path: Path, name: str, key: str) -> Source:
     return Source("gguf", path.stem, path, gguf.read_config(path))
 
 
-def _folder(folder: Path, name: str, key: str) -> Source:
+def _folder(folder: Path, name: str, key: str, token: str | None, model: str) -> Source:
+    """``model`` names the one that a MaxText checkpoint is of, by default the one whose config lies beside it."""
     place = f"{key}={name}"
+    items = None if any((folder / each).is_file() for each in _WEIGHTS) else _maxtext_items(folder)
+    if items is not None:
+        return _maxtext(items, name, place, token, model)
     if (folder / "config.json").is_file():
         return _hugging_face(folder, name, place)
     if (folder / "model" / "config.json").is_file():
         return _hugging_face(folder / "model", name, place)
-    if _is_orbax(folder) or _is_orbax(folder / "items"):
-        raise UserError(
-            f"{place}: a MaxText (Orbax) checkpoint, which this version does not read. Convert it with MaxText's "
-            "`to_huggingface` and give the folder that it writes."
-        )
     if (folder / "checkpoints").is_dir():
         raise UserError(
             f"{place}: a Luthier run that has not written its model/ yet. Run its command again to finish it."
@@ -213,10 +218,47 @@ def _hugging_face(folder: Path, name: str, place: str) -> Source:
     )
 
 
-def _is_orbax(folder: Path) -> bool:
-    return any(
-        (folder / mark).exists() for mark in ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", "_sharding")
-    )
+def _maxtext_items(folder: Path) -> Path | None:
+    """Return the arrays that ``folder`` means: its own, a step's, or those of the newest step of a run."""
+    steps = sorted((path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
+    for place in (folder, *reversed(steps)):
+        for items in (place, *(place / name for name in _MAXTEXT_ITEMS)):
+            if (items / "_METADATA").is_file():
+                return items
+    below = folder / "checkpoints"
+    return _maxtext_items(below) if below.is_dir() else None
+
+
+def _maxtext(items: Path, name: str, place: str, token: str | None, model: str) -> Source:
+    beside = next((path for path in (items, *items.parents[:2]) if (path / "config.json").is_file()), None)
+    if model:
+        found = _released(model, items, token)
+    elif beside is not None:
+        found = _hugging_face(beside, str(beside), place)
+    else:
+        raise UserError(
+            f"{place}: a MaxText checkpoint, which does not say of which model it is. Set model_name to its MaxText "
+            "name, its hub id, or a folder with its config.json."
+        )
+    config = found.config
+    if config["model_type"] == "gemma3":  # of which MaxText has the text model alone
+        from luthier.checkpoint import maxtext  # which needs jax
+
+        config = maxtext.text_only(config)
+    model = found.hub_id or model or str(config.get("_name_or_path") or name)
+    return replace(found, kind="maxtext", name=name, config=config, items=items, model=model, hub_id="")
+
+
+def _released(model: str, items: Path, token: str | None) -> Source:
+    """Return the source of a released model's config: without a network, the one that is known here."""
+    try:
+        return _find(model, "model_name", token)
+    except UserError:
+        hub_id = maxtext_names.HUB_IDS.get(model, model)
+        known = published.find(hub_id)
+        if known is None:
+            raise
+        return Source("huggingface", model, items, dict(known.config), hub_id=hub_id)
 
 
 def _read_config(folder: Path, place: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 The safetensors format is eight bytes of length, a JSON header and the values, so that reading and writing it take a
 few lines here. The library's own writer takes all tensors of a file at once; this one takes them as they come, which
-keeps the memory of a save at one tensor. Left out on purpose: memory mapping, whose pages would count as ours.
+keeps the memory of a save at one tensor. A block of a tensor is read without the rest. Left out on purpose: memory
+mapping, whose pages would count as ours.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,16 +38,22 @@ _TYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_PAGE = 4096
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that lies elsewhere: ``shape`` and ``dtype`` are known, ``read()`` brings the values."""
+    """A tensor that lies elsewhere: ``shape`` and ``dtype`` are known, ``read()`` brings the values.
+
+    ``cut(block)``, where there is one, brings those of a block alone: a slice of each dimension, from a first entry to
+    the one after the last.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    cut: Callable[[Sequence[slice]], np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -160,14 +167,43 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stor
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise UserError(f"{path}: tensor `{name}` has {end - begin} bytes for shape {shape}. Download it again.")
 
-    def read() -> np.ndarray:
-        values = aligned(shape, dtype)
-        with path.open("rb") as file:
-            file.seek(start + begin)
-            file.readinto(values.reshape(-1).view(np.uint8).data)
-        return values
+    def cut(block: Sequence[slice]) -> np.ndarray:
+        return _read_block(path, start + begin, shape, dtype, block)
 
-    return Stored(shape, dtype, read)
+    return Stored(shape, dtype, lambda: cut([slice(0, size) for size in shape]), cut)
+
+
+def _read_block(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype, block: Sequence[slice]) -> np.ndarray:
+    """Return a block of the tensor that begins at byte ``start``; what lies between its runs is not read.
+
+    Runs shorter than a page are cut from whole rows, since the disk reads pages anyway.
+    """
+    sizes = [where.stop - where.start for where in block]
+    cut = max((axis for axis, size in enumerate(sizes) if size != shape[axis]), default=0)
+    if cut and sizes[cut] * math.prod(shape[cut + 1 :]) * dtype.itemsize < _PAGE:
+        rows = [*block[:cut], *(slice(0, size) for size in shape[cut:])]
+        whole = _read_block(path, start, shape, dtype, rows)
+        return whole[(*[slice(None)] * cut, *block[cut:])]
+    values = aligned(tuple(sizes), dtype)
+    if not values.size:
+        return values
+    runs = values.reshape(-1).view(np.uint8).reshape(math.prod(sizes[:cut]), -1)
+    strides = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+    with path.open("rb", buffering=0) as file:
+        for run, place in zip(runs, np.ndindex(*sizes[:cut]), strict=True):
+            first = [where.start + (place[axis] if axis < cut else 0) for axis, where in enumerate(block)]
+            _read_exactly(file, start + sum(np.multiply(first, strides).tolist()), run)
+    return values
+
+
+def _read_exactly(file: Any, start: int, values: np.ndarray) -> None:
+    """Fill ``values``, bytes, from ``start`` on. The system reads at most 2 GiB at once."""
+    done = 0
+    while done < len(values):
+        count = os.preadv(file.fileno(), [values.data[done:]], start + done)
+        if count == 0:
+            raise UserError(f"{file.name}: ends at {start + done:,} bytes, sooner than it did. Download it again.")
+        done += count
 
 
 def _write_values(file: BinaryIO, tensor: Stored) -> None:

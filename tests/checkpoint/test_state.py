@@ -1,3 +1,6 @@
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,7 +99,6 @@ def test_the_newest_are_kept_and_saving_a_step_twice_does_nothing(tmp_path):
         assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name.isdigit()) == ["2", "3"]
         shape = {"x": jax.ShapeDtypeStruct((), jnp.float32, sharding=jnp.float32(0).sharding)}
         assert checkpoints.restore(shape)[1] == {"step": 3}
-        assert checkpoints.restore(shape, 2)[1] == {"step": 2}
         checkpoints.close()
 
 
@@ -176,6 +178,101 @@ def test_what_ended_the_run_comes_before_the_checkpoint_that_failed_with_it(tmp_
     assert "No checkpoint is there" in caught.value.__notes__[0]
     with pytest.raises(RunError, match="No checkpoint is there"), files_of_at_most(1_000_000):
         save_and_leave(tmp_path / "d", SystemExit(143))
+
+
+def two_checkpoints(folder):
+    states = {step: {"w": noise(step)["w"].reshape(750, 1000), "n": jnp.int32(step)} for step in (1, 2)}
+    with Checkpoints(folder, keep=2, asynchronous=False) as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state, {"row": step})
+    return states, abstract(states[1])
+
+
+def flip(path, at=None):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    path.write_bytes(content)
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGES = {
+    "a flipped bit": (lambda step: flip(largest(step)), r"1 of 2 arrays are not what was saved, the first `w`"),
+    "a missing shard": (lambda step: largest(step).unlink(), "it cannot be read"),
+    "a shard cut short": (lambda step: os.truncate(largest(step), 1000), "it cannot be read"),
+    "a flipped index": (lambda step: flip(step / "state" / "manifest.ocdbt"), "it cannot be read"),
+    "a flipped place in the data": (lambda step: flip(step / "data" / "metadata"), "its record is"),
+    "no record": (lambda step: (step / "data" / "metadata").unlink(), "its record is missing"),
+    "Orbax's metadata cut": (lambda step: os.truncate(step / "state" / "_METADATA", 50), "it cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_it_taken(tmp_path, damage):
+    states, shape = two_checkpoints(tmp_path / "c")
+    do, why = DAMAGES[damage]
+    do(tmp_path / "c" / "2")
+    warnings = []
+    with Checkpoints(tmp_path / "c", keep=2, warn=warnings.append) as checkpoints:
+        assert checkpoints.latest() == 2
+        state, data = checkpoints.restore(shape)
+        same_bits(state, states[1])
+        assert data == {"row": 1}
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, states[2], {"row": 2})  # the step is taken and saved again
+    (said,) = warnings
+    assert re.search(why, said)
+    assert f"{tmp_path}/c/2: damaged (" in said
+    assert "kept as 2.damaged, and the run goes on after step 1" in said
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["1", "2", "2.damaged"]
+    with Checkpoints(tmp_path / "c", keep=2, warn=warnings.append) as checkpoints:
+        same_bits(checkpoints.restore(shape)[0], states[2])
+    assert len(warnings) == 1
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_refused_and_nothing_is_touched(tmp_path):
+    _, shape = two_checkpoints(tmp_path / "c")
+    flip(largest(tmp_path / "c" / "1"))
+    largest(tmp_path / "c" / "2").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints, pytest.raises(RunError) as caught:
+        checkpoints.restore(shape)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'c'}: no checkpoint is whole (step 2: it cannot be read")
+    assert "step 1: 1 of 2 arrays are not what was saved, the first `w`). Put one back from a copy" in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    _, shape = two_checkpoints(tmp_path / "c")
+
+    def refuse(*_, **__):
+        raise ValueError("PERMISSION_DENIED: Error reading local file [os_error_code='13']")
+
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        monkeypatch.setattr(checkpoints._arrays, "restore", refuse)
+        with pytest.raises(RunError, match=r"c/2: cannot be read \(Permission denied\)"):
+            checkpoints.restore(shape)
+    assert (tmp_path / "c" / "2").is_dir()
+
+
+def test_any_flipped_bit_shows(tmp_path):
+    """Bits of every file, at random: what comes back is what was saved, or is refused."""
+    states, shape = two_checkpoints(tmp_path / "whole")
+    random = np.random.default_rng(0)
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file()]
+    refused = 0
+    for name in files:
+        shutil.copytree(tmp_path / "whole", tmp_path / "c")
+        flip(tmp_path / "c" / name, int(random.integers((tmp_path / "c" / name).stat().st_size)))
+        with Checkpoints(tmp_path / "c", keep=2, warn=lambda _: None) as checkpoints:
+            state, data = checkpoints.restore(shape)
+        refused += data["row"] == 1
+        same_bits(state, states[data["row"]])
+        shutil.rmtree(tmp_path / "c")
+    assert refused >= 4  # of the files that matter: data, index, manifest, record
 
 
 KILLED = """

@@ -1,0 +1,36 @@
+"""A model in a bucket -> its copy on this machine, of which only what a model is made of is brought.
+
+Left out on purpose: reading tensors without a copy; each machine of a run brings its own, once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier import remote
+from luthier.checkpoint import hub
+from luthier.errors import UserError
+
+_CONFIGS = ("/config.json", "/adapter_config.json", "/model/config.json", "/adapter/adapter_config.json")
+_ORBAX = ("", "/items", "/model_params", "/model")
+
+
+def bring(url: str, key: str) -> Path:
+    """Return the local copy of a Hugging Face folder, a run's result, an adapter, a GGUF file or MaxText's arrays.
+
+    Raises UserError, of ``key``, where there is none of them.
+    """
+    url = url.rstrip("/")
+    if url.endswith(".gguf"):
+        return remote.fetch(url, key)
+    for config in _CONFIGS:
+        if remote.exists(url + config, key):
+            folder = url + config.rpartition("/")[0]
+            return remote.fetch(folder, key, [*hub.SMALL_FILES, *hub.WEIGHT_FILES])
+    for items in _ORBAX:
+        if remote.exists(f"{url}{items}/_METADATA", key):
+            return remote.fetch(url + items, key, deep=True)
+    raise UserError(
+        f"{key}={url}: no config.json, no adapter_config.json and no arrays of a MaxText checkpoint there. "
+        "Give the folder that holds them, or a .gguf file."
+    )
