@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from luthier import __version__, runtime
+from luthier import __version__, parting, runtime
 from luthier.errors import RunError, UserError, did_you_mean
 
 
@@ -95,6 +95,12 @@ COMMANDS = {
         "luthier.commands.convert",
         ("load_parameters_path", "model_name", "lora_path", "output_path", "output_format", "dtype", "gguf_type"),
     ),
+    "plan": Command(
+        "sft|rl [recipe.yml] topology=NAME key=value ...",
+        "Say whether a run fits a machine and how fast it can be, before anyone pays for one.",
+        "luthier.commands.plan",
+        ("topology", "topology_num_slices", "compile", "search", "output_path"),
+    ),
     "keys": Command("[command]", "List every key of a command: type, default, meaning.", "luthier.commands.keys"),
 }
 
@@ -152,7 +158,8 @@ def entry(*command: str) -> None:
     arguments = [*command, *sys.argv[1:]]
     if arguments and arguments[0] in TRAINING:
         runtime.tune_allocator()
-    raise SystemExit(main(arguments))
+    with parting.ending_together():
+        raise SystemExit(main(arguments))
 
 
 def usage() -> str:

@@ -22,9 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from luthier.errors import UserError, did_you_mean
 
 
-def key(default: Any, doc: str, *aliases: str, **constraints: Any) -> Any:
-    """Declare a key: its default, its meaning for the table of keys, and other names that are accepted for it."""
-    return Field(default, description=doc, json_schema_extra={"aliases": list(aliases)}, **constraints)
+def key(default: Any, doc: str, *aliases: str, saved: bool = True, **constraints: Any) -> Any:
+    """Declare a key: its default, its meaning for the table of keys, and other names that are accepted for it.
+
+    One that is not ``saved`` says where a command runs, not what it does.
+    """
+    return Field(default, description=doc, json_schema_extra={"aliases": list(aliases), "saved": saved}, **constraints)
 
 
 class Keys(BaseModel):
@@ -67,8 +70,12 @@ def read(model: type[K], arguments: Sequence[str], environment: Mapping[str, str
 
 
 def save(config: Keys, path: Path) -> None:
-    """Write every key as resolved, as a recipe that repeats the run. Secrets, which have no repr, are left out."""
-    values = config.model_dump(exclude={name for name, field in type(config).model_fields.items() if not field.repr})
+    """Write every key as resolved, as a recipe that repeats the run elsewhere too.
+
+    Secrets, which have no repr, are left out, and so is what is not saved.
+    """
+    fields = type(config).model_fields.items()
+    values = config.model_dump(exclude={name for name, field in fields if not (field.repr and _is_saved(field))})
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -185,6 +192,10 @@ def _explain(model: type[Keys], error: ValidationError, places: Mapping[str, str
 
 def _aliases(field: Any) -> list[str]:
     return (field.json_schema_extra or {}).get("aliases", [])
+
+
+def _is_saved(field: Any) -> bool:
+    return (field.json_schema_extra or {}).get("saved", True)
 
 
 def _is_union(annotation: Any) -> bool:

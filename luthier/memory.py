@@ -11,19 +11,31 @@ import resource
 import sys
 from pathlib import Path
 
+import jax
 import psutil
 from jax.sharding import Mesh
+
+from luthier import processes
 
 GIB = 2**30
 _GROUPS = Path("/sys/fs/cgroup")
 
 
 def available(mesh: Mesh) -> float | None:
-    """Return the bytes that each device can still give, or None where the platform does not say."""
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        return min(psutil.virtual_memory().available, _container_limit()) / mesh.size
-    stats = device.memory_stats() or {}
+    """Return the bytes that each device can still give, or None where the platform does not say.
+
+    All processes call it: what counts is the least that one of them has.
+    """
+    found = [free for free in processes.gather(_available(mesh)) if free is not None]
+    return min(found, default=None)
+
+
+def _available(mesh: Mesh) -> float | None:
+    """Return what there is on this process's devices."""
+    here = [each for each in mesh.devices.flat if each.process_index == jax.process_index()] or list(mesh.devices.flat)
+    if here[0].platform == "cpu":
+        return min(psutil.virtual_memory().available, _container_limit()) / len(here)
+    stats = here[0].memory_stats() or {}
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 

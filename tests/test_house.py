@@ -13,11 +13,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import from rooms on lower floors and from itself; the ground floor's rooms may import one another.
 FLOORS = (
-    ("", "errors", "types", "keys", "config", "mesh", "memory", "runtime"),  # "": the package itself, for its version
+    # "": the package itself, for its version
+    ("", "errors", "types", "keys", "config", "mesh", "memory", "parting", "processes", "remote", "runtime"),
     ("data", "model"),
     ("algorithms", "checkpoint"),
     ("rollout",),
     ("train",),
+    ("plan",),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import mesh as mesh_lib
+from luthier import remote
 from luthier.checkpoint import disk
 from luthier.commands import evaluate_samples, evaluate_text
 from luthier.config import EvalConfig
@@ -107,3 +108,4 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
     with disk.writing(path, "the results", lambda: "The completions are whole. Make room, and run it again."):
         draft.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         draft.replace(path)
+    remote.push(path)

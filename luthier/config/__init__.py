@@ -29,6 +29,8 @@ from luthier.config.groups import (
 )
 from luthier.config.inference import ChatConfig, EvalConfig, GenerateConfig, InferenceKeys, ServeConfig
 from luthier.config.lora import LoraKeys
+from luthier.config.plan import PlanKeys, RlPlan, SftPlan
+from luthier.config.plan import read as read_plan
 from luthier.config.rl import RlConfig
 from luthier.config.sft import SftConfig
 from luthier.keys import Keys, Row
@@ -41,6 +43,7 @@ COMMANDS: dict[str, type[Keys]] = {
     "eval": EvalConfig,
     "serve": ServeConfig,
     "convert": ConvertConfig,
+    "plan": PlanKeys,
 }
 
 __all__ = [
@@ -56,12 +59,15 @@ __all__ = [
     "LoraKeys",
     "MaskKeys",
     "ModelKeys",
+    "PlanKeys",
     "ProcessKeys",
     "RlConfig",
+    "RlPlan",
     "RunKeys",
     "SampleKeys",
     "ServeConfig",
     "SftConfig",
+    "SftPlan",
     "SourceKeys",
     "SplitKeys",
     "TemplateKeys",
@@ -73,6 +79,8 @@ __all__ = [
 
 def resolve(command: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
     """Return the frozen configuration of ``command``; see ``keys.read``."""
+    if command == "plan":  # has the keys of what is planned, besides its own
+        return read_plan(arguments, environment)
     return keys.read(COMMANDS[command], arguments, environment)
 
 

@@ -24,7 +24,35 @@ class ProcessKeys(Keys):
     jax_cache_dir: str = key("~/.cache/luthier/jax", "Folder of compiled programs, kept between runs; empty: none.")
 
 
-class RunKeys(ProcessKeys):
+class HostKeys(Keys):
+    """Of how many processes a run is one, where no launcher says so (SLURM, GKE, SkyPilot, Open MPI, TPU hosts)."""
+
+    coordinator_address: str = key(
+        "", "Host and port of process 0, such as `10.0.0.1:8476`, for a run of several.", saved=False
+    )
+    num_processes: PositiveInt | None = key(
+        None, "Processes of the run, one a host. Default: the launcher's, else 1.", saved=False
+    )
+    process_id: int | None = key(None, "Number of this process, from 0. Default: the launcher's.", saved=False, ge=0)
+    jax_distributed_initialization_timeout: PositiveInt = key(
+        300, "Seconds that processes wait for each other at start."
+    )
+    jax_distributed_heartbeat_timeout_seconds: PositiveInt = key(
+        60, "Seconds without a sign of life after which a process counts as dead, and the others end."
+    )
+
+    @model_validator(mode="after")
+    def _check_hosts(self) -> Self:
+        _, _, port = self.coordinator_address.rpartition(":")
+        if self.coordinator_address and not port.isdigit():
+            raise ValueError(f"coordinator_address={self.coordinator_address}: give HOST:PORT, such as 10.0.0.1:8476")
+        count, number = self.num_processes, self.process_id
+        if count is not None and number is not None and number >= count:
+            raise ValueError(f"process_id={number}: num_processes={count} are numbered from 0 to {count - 1}")
+        return self
+
+
+class RunKeys(HostKeys, ProcessKeys):
     """Where a run lives and how it reports."""
 
     run_name: str = key("sft", "Name of the run: its folder under `base_output_directory`.", min_length=1)
@@ -41,8 +69,8 @@ class SourceKeys(Keys):
     model_name: str = key("", "Hub id, local folder or MaxText name of the model; says where to load from by itself.")
     load_parameters_path: str = key(
         "",
-        "Hugging Face folder, hub id, `.gguf` file or Luthier run to start from; `random` starts from random weights "
-        "with the `config.json` of `model_name`. Default: `model_name`.",
+        "Hugging Face folder, hub id, `.gguf` file, MaxText checkpoint or Luthier run to start from; `random` starts "
+        "from random weights with the `config.json` of `model_name`. Default: `model_name`.",
     )
     tokenizer_path: str = key("", "Folder or hub id of the tokenizer. Default: the model's own.")
     hf_access_token: str | None = key(None, "Hub token. Default: the one that `hf auth login` stored.", repr=False)
@@ -63,15 +91,39 @@ class ModelKeys(SourceKeys):
     ici_expert_parallelism: Parallelism = key(
         1, "Devices along the `expert` axis (experts, and rows, split between them); -1: the rest."
     )
+    ici_context_parallelism: Parallelism = key(
+        1, "Devices along the `context` axis (each row's tokens, and weights, split between them); -1: the rest."
+    )
     ici_tensor_parallelism: Parallelism = key(1, "Devices along the `tensor` axis (split matmuls); -1: the rest.")
+    dcn_data_parallelism: Parallelism = key(
+        1, "Slices along the `data` axis: sets of devices, or processes, with a slow network between; -1: the rest."
+    )
+    dcn_fsdp_parallelism: Parallelism = key(1, "Slices along the `fsdp` axis; -1: the rest.")
+    dcn_expert_parallelism: Parallelism = key(1, "Slices along the `expert` axis; -1: the rest.")
+    dcn_context_parallelism: Parallelism = key(1, "Slices along the `context` axis; -1: the rest.")
+    dcn_tensor_parallelism: Parallelism = key(1, "Slices along the `tensor` axis; -1: the rest.")
+    context_parallel_strategy: Literal["all_gather", "ring"] = key(
+        "all_gather",
+        "How keys and values reach the queries of the `context` axis's other devices: all at once, or in turns.",
+    )
 
     @model_validator(mode="after")
     def _check_axes(self) -> Self:
-        axes = tuple(name for name in type(self).model_fields if name.startswith("ici_"))
-        if any(getattr(self, axis) == 0 for axis in axes):
-            raise ValueError("ici_*_parallelism=0: give a number of devices, or -1 for the rest")
-        if sum(getattr(self, axis) == -1 for axis in axes) > 1:
-            raise ValueError("more than one ici_*_parallelism is -1: only one axis can take the rest")
+        for network, what in (("ici", "devices"), ("dcn", "slices")):
+            axes = [name for name in type(self).model_fields if name.startswith(f"{network}_")]
+            if any(getattr(self, axis) == 0 for axis in axes):
+                raise ValueError(f"{network}_*_parallelism=0: give a number of {what}, or -1 for the rest")
+            if sum(getattr(self, axis) == -1 for axis in axes) > 1:
+                raise ValueError(f"more than one {network}_*_parallelism is -1: only one axis can take the rest")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ring(self) -> Self:
+        if self.context_parallel_strategy == "ring" and self.attention in ("cudnn", "splash"):
+            raise ValueError(
+                f"context_parallel_strategy=ring has no attention={self.attention}: "
+                "leave attention at auto, or take context_parallel_strategy=all_gather"
+            )
         return self
 
 

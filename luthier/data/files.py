@@ -1,7 +1,7 @@
 """``hf_path`` -> the splits of a dataset: data files and folders here, saved and hub datasets through ``hub``, problems
 that are made by ``reasoning``.
 
-Left out on purpose: compressed and remote files, and datasets that are streamed.
+Left out on purpose: compressed files, and datasets that are streamed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from luthier import remote
 from luthier.data import hub, reasoning
 from luthier.data.rows import Chain, Rows, Selected, read_file
 from luthier.errors import UserError, did_you_mean
@@ -46,6 +47,8 @@ def open_splits(path: str, subset: str | None = None, token: str | None = None, 
     """
     if path.startswith(reasoning.PREFIX):
         return reasoning.splits(path, key)
+    if remote.is_url(path):
+        path = _brought(path, key)
     local = Path(path).expanduser()
     if glob.has_magic(path) and not local.exists():
         found = sorted(Path(name) for name in glob.glob(str(local), recursive=True) if name.endswith(SUFFIXES))
@@ -61,6 +64,15 @@ def open_splits(path: str, subset: str | None = None, token: str | None = None, 
     if path.endswith(SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"{key}={path}: no such file or folder.{_sibling(local)}")
     return hub.hub_splits(path, subset, token, key)
+
+
+def _brought(url: str, key: str) -> str:
+    """Return the path of the local copy of a file, a folder or a glob in a bucket."""
+    folder, names = url, ""
+    while glob.has_magic(folder):
+        folder, _, last = folder.rpartition("/")
+        names = f"/{last}{names}"
+    return f"{remote.fetch(folder, key, deep=True)}{names}"
 
 
 def open_split(splits: Splits, split: str, source: str, key: str) -> Rows:

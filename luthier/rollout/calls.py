@@ -1,5 +1,7 @@
 """Calls of somebody's functions beside one's own work: in threads, so many at a time, so long each.
 
+Of several processes the first alone calls them where they are ``shared``, and all hear what it heard.
+
 A call that is not back in time is given up; its thread cannot be ended, but keeps neither the caller nor the process.
 
 Left out on purpose: processes. What is called here waits for others more than it computes.
@@ -15,19 +17,23 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from luthier import processes
+from luthier.data import functions
+
 
 class Outcome(NamedTuple):
-    """What a call gave: a value, or the exception that it raised."""
+    """What a call gave: a value, or in words the exception that it raised."""
 
     value: Any
-    error: BaseException | None = None
+    error: str | None = None
 
 
 class Calls:
     """Calls under way, at most ``workers`` at a time, of ``seconds`` each; every one has a key of its own."""
 
-    def __init__(self, workers: int, seconds: float) -> None:
+    def __init__(self, workers: int, seconds: float, *, shared: bool = False) -> None:
         self._workers, self._seconds = workers, seconds
+        self._shared = shared and processes.several()
         self._waiting: deque[tuple[Any, Callable[[], Any]]] = deque()
         self._deadlines: dict[Any, float] = {}
         self._back: queue.SimpleQueue[tuple[Any, Outcome]] = queue.SimpleQueue()
@@ -35,6 +41,8 @@ class Calls:
 
     def submit(self, key: Any, function: Callable[[], Any], *, here: bool) -> None:
         """Call the function: ``here`` and now, or in a thread as soon as one is free."""
+        if self._shared and not processes.is_first():
+            return
         if here:
             self._done[key] = _call(function)
         else:
@@ -43,6 +51,9 @@ class Calls:
 
     def collect(self, wait: bool) -> list[tuple[Any, Outcome]]:
         """Return what is done, in the order of the keys; with ``wait`` and none done yet, wait for the first."""
+        return processes.by_first(lambda: self._collect(wait)) if self._shared else self._collect(wait)
+
+    def _collect(self, wait: bool) -> list[tuple[Any, Outcome]]:
         while True:
             self._take_back(block=wait and not self._done)
             self._start()
@@ -72,12 +83,17 @@ class Calls:
         now = time.monotonic()
         for key in [key for key, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[key]
-            self._done[key] = Outcome(None, TimeoutError(f"not back after {self._seconds:g} seconds"))
+            self._done[key] = Outcome(None, described(TimeoutError(f"not back after {self._seconds:g} seconds")))
 
     def _receive(self, item: tuple[Any, Outcome]) -> None:
         key, outcome = item
         if self._deadlines.pop(key, None) is not None:  # else it was given up
             self._done[key] = outcome
+
+
+def described(error: BaseException) -> str:
+    """Return an exception in words, with the line of the user's code that it came from."""
+    return f"{type(error).__name__}: {error}.{functions.line_of(error)}"
 
 
 def _call(function: Callable[[], Any]) -> Outcome:
@@ -87,4 +103,4 @@ def _call(function: Callable[[], Any]) -> Outcome:
         # Whatever a stranger's function raises is what it gives, `sys.exit` in a thread of its own included.
         if isinstance(error, KeyboardInterrupt):
             raise
-        return Outcome(None, error)
+        return Outcome(None, described(error))

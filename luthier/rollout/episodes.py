@@ -22,7 +22,7 @@ import numpy as np
 
 from luthier.errors import UserError
 from luthier.rollout import prompts, text
-from luthier.rollout.calls import Calls, Outcome
+from luthier.rollout.calls import Calls, Outcome, described
 from luthier.rollout.engine import Completion, Request, Sampling, SteppedEngine
 from luthier.rollout.environment import Environment, SingleTurn
 from luthier.rollout.playing import Playing
@@ -100,7 +100,8 @@ def play(
         raise RuntimeError("the engine is busy with other requests: take their completions first")
     engine.forget()
     show = functools.partial(_text, tokenizer, sampling.stop, continues)
-    stage = _Stage(engine, samples, sampling, make_environment or SingleTurn, max_turns, Calls(workers, timeout), show)
+    calls = Calls(workers, timeout, shared=make_environment is not None)
+    stage = _Stage(engine, samples, sampling, make_environment or SingleTurn, max_turns, calls, show)
     yet_to_come = enumerate(tasks)
     try:
         more = True
@@ -157,7 +158,7 @@ class _Stage:
             try:
                 environment = player.environment = self.make_environment()
             except Exception as error:  # whatever a stranger's class raises
-                self._begun(player, Outcome(None, error))
+                self._begun(player, Outcome(None, described(error)))
             else:
                 call = functools.partial(environment.reset, task.prompt)
                 self.calls.submit(player.key, call, here=environment.quick)

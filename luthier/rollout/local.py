@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from luthier import mesh as mesh_lib
+from luthier import processes
 from luthier.config import EngineKeys
 from luthier.errors import UserError
 from luthier.model import cache, lora
@@ -341,7 +342,7 @@ class LocalEngine:
         """Return where the first ``count`` tokens of a row were sent, None where that is not recorded."""
         if cache.ROUTES not in self._stored:
             return None
-        return np.asarray(programs.routes(self._stored, np.int32(row)))[:count].copy()  # the rest is let go of
+        return processes.fetch(programs.routes(self._stored, np.int32(row)))[:count].copy()  # the rest is let go of
 
     def _compact(self) -> int:
         """Bring the sequences into the fewest rows that a program works on, and return how many those are."""
@@ -383,7 +384,7 @@ class LocalEngine:
             steps=self._keys.decode_steps,
             alternatives=alternatives,
         )
-        return jax.device_get((after, chunk))
+        return processes.fetch((after, chunk))
 
     def _rows(self, size: int, under_way: list[tuple[int, Drawing]]) -> programs.Rows:
         """Return the state of the first ``size`` rows as arrays."""

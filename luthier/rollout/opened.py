@@ -102,7 +102,7 @@ def open_model(
         if several:
             loaded = {name: _loaded(named, model, mesh) for name, named in several.items()}
             params = adapters.together(model.spec, params, loaded)
-    compute = Compute(dtype, keys.attention)
+    compute = Compute(dtype, keys.attention, context=keys.context_parallel_strategy)
     return Opened(place, model, words, params, mesh, compute, keys.lora_path, tuple(several), keys.quantization)
 
 

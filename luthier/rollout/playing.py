@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from luthier.data import functions
-from luthier.rollout.calls import Outcome
+from luthier.rollout.calls import Outcome, described
 from luthier.rollout.engine import Completion
 from luthier.rollout.environment import Environment, Observation
 
@@ -76,14 +75,14 @@ class Playing:
     def begun(self, outcome: Outcome) -> None:
         """Take what the environment's ``reset`` gave."""
         if outcome.error is not None:
-            self._fail_with(outcome.error, "at its beginning")
+            self.fail(f"at its beginning: {outcome.error}")
             return
         try:
             self.own_prompt = None if outcome.value is None else _tokens(outcome.value).tolist()
             if self.own_prompt == []:
                 raise ValueError("a prompt of no tokens")
         except (TypeError, ValueError) as error:
-            self._fail_with(error, "at its beginning")
+            self.fail(f"at its beginning: {described(error)}")
 
     def take(self, completion: Completion) -> None:
         """Add a turn of the model."""
@@ -99,7 +98,7 @@ class Playing:
         """Take what the environment's ``step`` gave for the last turn; ``finish`` is set where that was the end."""
         observation, when = outcome.value, f"in turn {self.turns}"
         if outcome.error is not None:
-            self._fail_with(outcome.error, when)
+            self.fail(f"{when}: {outcome.error}")
             return
         try:
             if not isinstance(observation, Observation):
@@ -107,7 +106,7 @@ class Playing:
             self.observation_T = _tokens(observation.tokens)
             self._add_reward(observation.reward)
         except (TypeError, ValueError) as error:
-            self._fail_with(error, when)
+            self.fail(f"{when}: {described(error)}")
             return
         if self.cut:
             self.finish = "length"
@@ -125,9 +124,6 @@ class Playing:
         name = "environment" if self.environment is None else f"environment `{type(self.environment).__name__}`"
         self.finish, self.reward = "failed", None
         self.failure = f"{self.place}, sample {self.sample + 1}: {name}: {reason}"
-
-    def _fail_with(self, error: BaseException, when: str) -> None:
-        self.fail(f"{when}: {type(error).__name__}: {error}.{functions.line_of(error)}")
 
     def _add_reward(self, reward: float | None) -> None:
         if reward is None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier import processes
 from luthier.errors import UserError
 from luthier.rollout import reward
 from luthier.rollout.failures import Failure
@@ -57,7 +58,10 @@ class Pending:
         return all(column.done() for column in self._columns)
 
     def result(self) -> Scored:
-        """Wait for them. Raises concurrent.futures.CancelledError where the ``Scorers`` were closed before."""
+        """Wait for them, in the first process alone.
+
+        Raises concurrent.futures.CancelledError where the ``Scorers`` were closed before.
+        """
         columns = [column.result() for column in self._columns]
         rewards_FG = np.array([rewards for rewards, _ in columns], np.float64).reshape(len(columns), self._count)
         return Scored(rewards_FG.T, tuple(failure for _, failure in columns if failure is not None))
@@ -70,6 +74,8 @@ class Scorers:
     ``workers`` is the number of processes, by default one for each core that this process may use, 8 at most.
     A call may take ``timeout`` seconds from its start on, loading all functions ``load_timeout``. What functions print
     is added to the file ``output``; by default it goes to this process's standard error.
+
+    Of several processes the first alone calls functions; all make one of these, and call ``submit`` alike.
 
     Raises UserError where a function cannot be loaded.
     """
@@ -91,7 +97,8 @@ class Scorers:
         self._lock, self._closed = threading.Lock(), False
         self._running: set[WorkerProcess] = set()
         self._threads: list[threading.Thread] = []
-        self._needs = self._start(workers or min(_cores(), MOST_WORKERS)) if paths else {}
+        most = workers or min(_cores(), MOST_WORKERS)
+        self._needs = processes.by_first(lambda: self._start(most)) if paths else {}
 
     def __enter__(self) -> Scorers:
         return self
@@ -106,6 +113,8 @@ class Scorers:
     def submit(self, group: Group) -> Pending:
         """Have each function called on a group, as soon as there is a process for it."""
         count, columns = len(group.completions), [Future() for _ in self.names]
+        if not processes.is_first():
+            return Pending(count, ())
         try:
             packed = pickle.dumps(group, pickle.HIGHEST_PROTOCOL)
         except Exception as error:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from luthier import processes
+
 PLAIN_INTERVAL = 10.0  # seconds between plain lines, so that a log file stays readable
 
 Numbers = Sequence[tuple[str, str]]
@@ -24,8 +26,8 @@ SFT_NUMBERS: Numbers = (
 
 
 def console() -> Console:
-    """Return the console that everything is printed to."""
-    return Console(highlight=False, soft_wrap=True)
+    """Return the console that everything is printed to; of several processes, the first one's alone is seen."""
+    return Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
 
 
 def table(console: Console, title: str, rows: Mapping[str, str]) -> None:

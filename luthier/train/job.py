@@ -75,7 +75,7 @@ def prepare(config: C, source: Source, model: Model, mesh: Mesh) -> Job[C]:
     """
     balance.check(config, model)
     dtype = fast_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
-    compute = Compute(dtype, config.attention, config.remat_policy)
+    compute = Compute(dtype, config.attention, config.remat_policy, config.context_parallel_strategy)
     param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
     model.check_kernel(config.attention, dtype)
     if source.kind != "random":
@@ -109,30 +109,36 @@ def plan_memory(job: Job[SftConfig]) -> memory.Plan:
 
 def compile_steps(job: Job[SftConfig], algorithm: step.Algorithm, background: ThreadPoolExecutor) -> Programs:
     """Start compiling the steps, the first one needed first, while the caller reads rows and weights."""
-    state, accumulate = job.abstract_state, job.config.gradient_accumulation_steps
-    base, weights = job.tuning.abstract_base(job.mesh), job.tuning.weights
 
-    def evaluation() -> Callable[..., Any]:
+    def compiled(trace: Callable[..., jax.stages.Traced]) -> Callable[..., Any]:
         with mesh_lib.use(job.mesh):
-            program = step.make_eval_step(job.model, algorithm, job.compute, weights)
-            return program.lower(state.params, _abstract_batch(job, job.batch_rows), base).compile()
+            return trace(job, algorithm).lower().compile()
 
-    def training() -> Callable[..., Any]:
-        with mesh_lib.use(job.mesh):
-            program = step.make_train_step(
-                job.model,
-                algorithm,
-                job.optimizer,
-                job.compute,
-                Balance.of(job.config),
-                weights,
-                jax.random.key(job.config.seed) if job.config.lora_dropout else None,
-            )
-            rate = jax.ShapeDtypeStruct((), jnp.float32)
-            return program.lower(state, _abstract_batch(job, accumulate, job.batch_rows), rate, base).compile()
+    first = background.submit(compiled, trace_evaluation) if job.evaluates else None
+    return Programs(background.submit(compiled, trace_training), first)
 
-    first = background.submit(evaluation) if job.evaluates else None
-    return Programs(background.submit(training), first)
+
+def trace_training(job: Job[SftConfig], algorithm: step.Algorithm) -> jax.stages.Traced:
+    """Return the train step as it is before it is compiled. To be called with the job's mesh in use."""
+    program = step.make_train_step(
+        job.model,
+        algorithm,
+        job.optimizer,
+        job.compute,
+        Balance.of(job.config),
+        job.tuning.weights,
+        job.config.seed if job.config.lora_dropout else None,
+    )
+    batch = _abstract_batch(job, job.config.gradient_accumulation_steps, job.batch_rows)
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    return program.trace(job.abstract_state, batch, rate, job.tuning.abstract_base(job.mesh))
+
+
+def trace_evaluation(job: Job[SftConfig], algorithm: step.Algorithm) -> jax.stages.Traced:
+    """Return the evaluation step as it is before it is compiled. To be called with the job's mesh in use."""
+    program = step.make_eval_step(job.model, algorithm, job.compute, job.tuning.weights)
+    base = job.tuning.abstract_base(job.mesh)
+    return program.trace(job.abstract_state.params, _abstract_batch(job, job.batch_rows), base)
 
 
 def load(job: Job, checkpoints: Checkpoints | None) -> tuple[Base | None, step.TrainState, dict[str, Any] | None]:

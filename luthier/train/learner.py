@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from luthier import processes
 from luthier.config import RlConfig
 from luthier.data import groups as packing
 from luthier.data.groups import Layout, Packed
@@ -67,7 +68,7 @@ class Learner:
         worth = [one for one in trajectories if not self.objective.is_idle(one)]
         total = self.programs.start.result()(np.float32(self.objective.weight(idle)))
         for micro in packing.pack(worth, self.layout):
-            placed = step.place(micro.batch, self.mesh)
+            placed = step.place(step.share(micro.batch, self.mesh), self.mesh)
             total = self.programs.accumulate.result()(state.params, total, placed, self.base)
         return self.programs.apply.result()(state, total, np.float32(learning_rate))
 
@@ -91,11 +92,11 @@ class Learner:
         program, micros = self.programs.score, packing.pack(trajectories, self.layout)
         if program is None:
             raise RuntimeError("the score program was not compiled")
-        values = [np.asarray(program.result()(params, self._unscored(micro), self.base)) for micro in micros]
+        values = [processes.fetch(program.result()(params, self._unscored(micro), self.base)) for micro in micros]
         return packing.unpack(micros, values, trajectories)
 
     def _unscored(self, micro: Packed) -> Any:
-        return step.place(unscored(micro.batch), self.mesh)
+        return step.place(step.share(unscored(micro.batch), self.mesh), self.mesh)
 
 
 def parts(groups: Groups, count: int) -> list[list[Trajectory]]:

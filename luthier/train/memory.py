@@ -59,7 +59,7 @@ def estimate(
     per_token = (cost.saved(c, compute.remat) * itemsize + in_flight) / mesh.shape["tensor"]
     logits = 3 * 4 * 512 * c.vocab_size / mesh.shape["tensor"]
     process = PROCESS if mesh_lib.platform() == "cpu" else 0.0
-    return Plan(fixed=state + gathered + logits + process, per_row=per_token * row_length)
+    return Plan(state + gathered + logits + process, per_row=per_token * row_length / mesh.shape["context"])
 
 
 def sampling(config: RlConfig, tuning: Tuning, mesh: Mesh, compute: Compute) -> float:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from luthier import processes
+
 # Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets; the first that stands in the kind counts.
 PEAK_TFLOPS = {
     "TPU v6 lite": 918.0,
@@ -39,20 +41,25 @@ class Writer:
     """Appends a row of numbers for a step to ``metrics.jsonl`` and to TensorBoard's event file.
 
     Rows of steps after ``resumed_at`` are dropped on opening: a resumed run takes those steps again. ``evaluations``
-    are those of the steps before, by step.
+    are those of the steps before, by step. Of several processes the first writes, and all know its evaluations.
     """
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
-        from tensorboardX import SummaryWriter
+        self._file = self._events = None
+        kept: list[dict[str, Any]] = []
+        if processes.is_first():
+            from tensorboardX import SummaryWriter
 
-        self._path = folder / "metrics.jsonl"
-        kept = _drop_after(self._path, resumed_at)
-        self.evaluations = {row["step"]: found for row in kept if (found := _evaluation(row))}
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+            path = folder / "metrics.jsonl"
+            kept = _drop_after(path, resumed_at)
+            self._file = path.open("a")
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        self.evaluations = processes.tell({row["step"]: found for row in kept if (found := _evaluation(row))})
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one row, at once."""
+        if self._file is None or self._events is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -62,8 +69,9 @@ class Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
-        self._events.close()
+        for opened in (self._file, self._events):
+            if opened is not None:
+                opened.close()
 
 
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:

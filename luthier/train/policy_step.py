@@ -68,6 +68,10 @@ class Programs:
     score: Future[Callable[..., Any]] | None
 
 
+Trace = Callable[[], jax.stages.Traced]
+"""What traces a program, to be called with its mesh in use."""
+
+
 def compile_steps(
     policy: Policy,
     optimizer: optax.GradientTransformation,
@@ -75,13 +79,32 @@ def compile_steps(
     layout: Layout,
     mesh: Mesh,
     background: ThreadPoolExecutor,
+    **asked: Any,
+) -> Programs:
+    """Start compiling what ``traces`` gives, in its order."""
+
+    def compiled(trace: Trace) -> Callable[..., Any]:
+        with mesh_lib.use(mesh):
+            return trace().lower().compile()
+
+    wanted = traces(policy, optimizer, state, layout, mesh, **asked)
+    promised = {name: background.submit(compiled, trace) for name, trace in wanted.items()}
+    return Programs(promised["start"], promised["accumulate"], promised["apply"], promised.get("score"))
+
+
+def traces(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    state: step.TrainState,
+    layout: Layout,
+    mesh: Mesh,
     *,
     reference: bool = False,
     old: bool = True,
     scores: bool = True,
     base: Tree = None,
-) -> Programs:
-    """Start compiling for the abstract ``state`` and ``base``, the program needed first, first.
+) -> dict[str, Trace]:
+    """Return the programs for the abstract ``state`` and ``base``, by their names in ``Programs``, first needed first.
 
     ``reference`` and ``old`` say which log-probs rollouts have, ``scores`` that ``score`` is wanted.
     """
@@ -89,25 +112,22 @@ def compile_steps(
     total = _abstract_running(policy, state.params, micro, mesh, base)
     placed = _shardings(total)
 
-    def compiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[..., Any]:
-        with mesh_lib.use(mesh):
-            return jax.jit(function, compiler_options=cpu.compiler_options(), **options).lower(*arguments).compile()
+    def traced(function: Callable[..., Any], *arguments: Any, **options: Any) -> Trace:
+        return lambda: jax.jit(function, compiler_options=cpu.compiler_options(), **options).trace(*arguments)
 
-    def submit(function: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Callable[..., Any]]:
-        return background.submit(compiled, function, *arguments, **options)
-
-    by_row = step.batch_sharding(mesh, accumulated=False)
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
     outputs = (_shardings(state), NamedSharding(mesh, P()))
-    score = submit(_scored(policy), state.params, unscored(micro), base, out_shardings=by_row) if scores else None
-    return Programs(
-        score=score,
-        start=submit(_started(total), jax.ShapeDtypeStruct((), jnp.float32), out_shardings=placed),
-        accumulate=submit(
+    found = {
+        "start": traced(_started(total), number, out_shardings=placed),
+        "accumulate": traced(
             _accumulated(policy), state.params, total, micro, base, donate_argnums=1, out_shardings=placed
         ),
-        apply=submit(_applied(optimizer), state, total, rate, donate_argnums=0, out_shardings=outputs),
-    )
+        "apply": traced(_applied(optimizer), state, total, number, donate_argnums=0, out_shardings=outputs),
+    }
+    if not scores:
+        return found
+    by_row = step.batch_sharding(mesh, accumulated=False)
+    return {"score": traced(_scored(policy), state.params, unscored(micro), base, out_shardings=by_row), **found}
 
 
 def abstract_batch(layout: Layout, mesh: Mesh, *, reference: bool = False, old: bool = True) -> PolicyBatch:

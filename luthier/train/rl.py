@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from luthier import mesh as mesh_lib
-from luthier import runtime
+from luthier import parting, processes, runtime
 from luthier.checkpoint import source as source_lib
 from luthier.checkpoint import tokenizer as tokenizer_lib
 from luthier.checkpoint.state import Checkpoints
@@ -65,7 +65,7 @@ def run(config: RlConfig) -> None:
     Raises UserError for what the user can mend, RunError where training cannot go on, and SystemExit with 143 or 130
     after saving where a signal stopped it.
     """
-    console = display.console()
+    processes.start(config)
     source = source_lib.resolve(config)
     place = folder.check(config)
     model = Model.from_hf(source.config, source.name)
@@ -73,17 +73,19 @@ def run(config: RlConfig) -> None:
         checks.check_routes(model)
     paths = rl_plan.reward_paths(config)
     runtime.start(config)
+    console = display.console()
     trains, samples = (mesh_lib.make(config, devices) for devices in rl_plan.devices(config))
-    with Stop() as stop, mesh_lib.use(trains), ThreadPoolExecutor(1) as background:
+    with Stop() as stop, mesh_lib.use(trains), parting.losses_named(), ThreadPoolExecutor(1) as background:
         job = prepare(config, source, model, trains)
         objective = rl_plan.objective(config, job.compute.dtype)
         tokenizer = tokenizer_lib.load(source, config.tokenizer_path, config.hf_access_token)
         game = rl_setup.game(config, job, tokenizer)
         tasks, held_out = rl_setup.tasks(config, game, console)
+        processes.check_alike("the prompts", tasks.fingerprint)
         total = total_steps(config, len(tasks))
-        layout = rl_setup.layout(config, job, tasks)
+        layout = rl_setup.layout(config, job, tasks.longest, tasks.shortest)
         plan = rl_setup.plan_memory(job, layout)
-        folder.open_(config)
+        processes.by_first(lambda: folder.open_(config))
         with (
             saving.out_of_memory(*rl_setup.memory_settings(config, layout)),
             Scorers(
@@ -149,7 +151,7 @@ def train(
                 numbers = learned | measures(collected) | {f"seconds/{name}": value for name, value in seconds.items()}
                 numbers |= {"learning_rate": learning_rate, "seconds": finished - started}
                 apart = _report(this, writer, shown, collected, numbers, apart)
-                stopped = this.stop.requested  # read once: a signal that comes later is for the next step
+                stopped = this.stop.agreed()  # asked once: a signal that comes later is for the next step
                 last = number == this.total or stopped is not None
                 if checkpoints is not None and (last or number % config.checkpoint_period == 0):
                     checkpoints.save(number, state, _place_in_data(this, number, collected.position))
@@ -162,8 +164,9 @@ def train(
             profile.close(state)
         finally:
             feed.close()
-    if this.stop.requested is not None:  # during the last step, which is saved
-        raise SystemExit(EXIT_CODES[this.stop.requested])
+    stopped = this.stop.agreed()
+    if stopped is not None:  # during the last step, which is saved
+        raise SystemExit(EXIT_CODES[stopped])
     return state, writer.evaluations
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from luthier import processes
 from luthier.algorithms import policy
 from luthier.algorithms.policy import Habits
 from luthier.config import RlConfig
@@ -116,12 +117,15 @@ def reward_paths(config: RlConfig) -> Sequence[str]:
     return ["reasoning_gym"] if config.hf_path.startswith(reasoning.PREFIX) else ["math"]
 
 
-def devices(config: RlConfig) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return the devices that train and those that sample: the same, but where the sampler works ahead.
+def devices(config: RlConfig, here: Sequence[Any] | None = None) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return which of the devices ``here`` train and which sample: the same, but where the sampler works ahead.
 
     Raises UserError where the keys ask for devices that are not there.
     """
-    here = jax.local_devices()
+    if here is None:
+        here = jax.local_devices()
+        if processes.several():
+            return _of_all_processes(config, len(here))
     count = config.chips_per_vm or len(here)
     if len(here) % count:
         raise UserError(
@@ -139,6 +143,18 @@ def devices(config: RlConfig) -> tuple[Sequence[Any], Sequence[Any]]:
             f"of {count} the fractions give them {samples} and {trains}. Use more devices, or max_staleness=0."
         )
     return used[:trains], used[count - samples :]
+
+
+def _of_all_processes(config: RlConfig, own: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the devices of a run of several processes, each of which has ``own``."""
+    if config.chips_per_vm not in (None, 0, own):
+        raise UserError(f"chips_per_vm={config.chips_per_vm}: a run of several processes uses all {own} of each.")
+    if config.max_staleness:
+        raise UserError(
+            f"max_staleness={config.max_staleness}: of several processes all sample and train by turns. "
+            "Set max_staleness=0, or run one process."
+        )
+    return jax.devices(), jax.devices()
 
 
 def _correction(config: RlConfig, settings: dict[str, Any], dtype: Any) -> str:

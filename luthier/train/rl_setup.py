@@ -76,12 +76,14 @@ def tasks(config: RlConfig, played: Game, console: Console) -> tuple[Tasks, Task
     return trained, None if held_out is None else _tasks(config, held_out, played, console, shuffle=False)
 
 
-def layout(config: RlConfig, job: Job[RlConfig], trained: Tasks) -> Layout:
+def layout(config: RlConfig, job: Job[RlConfig], longest: int, shortest: int) -> Layout:
     """Return the shapes of the policy step: rows for one group or several, where that is not too long.
+
+    Prompts have ``shortest`` to ``longest`` tokens.
 
     Raises UserError where ``row_length`` does not hold the longest prompt and its completion.
     """
-    longest, limit = trained.longest, config.max_new_tokens
+    limit = config.max_new_tokens
     if config.row_length and config.row_length < longest + limit:
         raise UserError(
             f"row_length={config.row_length} does not hold the longest prompt ({longest} tokens) and max_new_tokens="
@@ -94,7 +96,7 @@ def layout(config: RlConfig, job: Job[RlConfig], trained: Tasks) -> Layout:
     together = -(-update // (-(-rows // job.batch_rows) * job.batch_rows))
     usual = max(longest + limit, min(MOST_ROW_LENGTH, together * group))
     row_length = config.row_length or -(-usual // 16) * 16
-    own = config.num_generations * limit / (trained.shortest + config.num_generations * limit)
+    own = config.num_generations * limit / (shortest + config.num_generations * limit)
     return Layout(
         rows=job.batch_rows,
         row_length=row_length,
@@ -127,6 +129,12 @@ def plan_memory(job: Job[RlConfig], shapes: Layout) -> memory.Plan:
 
 def compile_steps(job: Job[RlConfig], objective: Objective, shapes: Layout, background: ThreadPoolExecutor) -> Programs:
     """Start compiling the programs of the policy step."""
+    policy, words = policy_of(job, objective)
+    return policy_step.compile_steps(policy, job.optimizer, job.abstract_state, shapes, job.mesh, background, **words)
+
+
+def policy_of(job: Job[RlConfig], objective: Objective) -> tuple[Policy, dict[str, Any]]:
+    """Return the policy that is trained, and what its programs are asked for besides: see ``policy_step.traces``."""
     policy = Policy(
         job.model,
         objective.loss,
@@ -137,18 +145,13 @@ def compile_steps(job: Job[RlConfig], objective: Objective, shapes: Layout, back
         balance=Balance.of(job.config),
         weights=job.tuning.weights,
     )
-    return policy_step.compile_steps(
-        policy,
-        job.optimizer,
-        job.abstract_state,
-        shapes,
-        job.mesh,
-        background,
-        reference=job.config.beta > 0,
-        old=objective.old != "current",
-        scores=objective.old == "trainer" or job.config.beta > 0,
-        base=job.tuning.abstract_base(job.mesh),
-    )
+    asked = {
+        "reference": job.config.beta > 0,
+        "old": objective.old != "current",
+        "scores": objective.old == "trainer" or job.config.beta > 0,
+        "base": job.tuning.abstract_base(job.mesh),
+    }
+    return policy, asked
 
 
 def weights(job: Job[RlConfig], base: Base | None, mesh: Mesh) -> Callable[[Tree], Tree]:

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from luthier import processes
 from luthier.checkpoint import disk
 from luthier.train.sampler import Collected, Scored
 
@@ -21,11 +22,16 @@ SHOWN_CHARACTERS = 600
 
 
 class RolloutFiles:
-    """The folder ``rollouts/`` of a run, with ``step-000001.jsonl`` and so on: a line for each completion."""
+    """The folder ``rollouts/`` of a run, with ``step-000001.jsonl`` and so on: a line for each completion.
+
+    Of several processes the first writes them; all call it.
+    """
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
         """Make the folder, and remove what was sampled after the step that the run goes on from."""
         self._folder = folder
+        if not processes.is_first():
+            return
         folder.mkdir(exist_ok=True)
         for path in folder.glob("*step-*.jsonl"):
             if path.name.startswith(".") or int(path.stem.rpartition("-")[2]) > resumed_at:
@@ -33,6 +39,9 @@ class RolloutFiles:
 
     def write(self, collected: Collected) -> None:
         """Write a step's completions, the file in one piece. Raises RunError where the disk refuses."""
+        processes.by_first(lambda: self._write(collected))
+
+    def _write(self, collected: Collected) -> None:
         path = self._folder / f"step-{collected.number:06d}.jsonl"
         draft = path.with_name(f".{path.name}")
         lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(collected))

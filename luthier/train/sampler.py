@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from luthier import processes
 from luthier.algorithms import advantages as advantages_lib
 from luthier.algorithms.policy import Habits
 from luthier.config import RlConfig
@@ -201,13 +202,8 @@ class Sampler:
         for index, episodes in played:
             waiting[index] = episodes, self.scorers.submit(episodes_lib.group(tasks[index], episodes))
         sampled = time.perf_counter()
-        groups = []
-        for index, task in enumerate(tasks):
-            episodes, pending = waiting[index]
-            while between is not None and not pending.done():
-                between()
-                time.sleep(WAIT_SECONDS)
-            groups.append(self._scored(task, episodes, pending.result()))
+        rewards = processes.by_first(lambda: [_result(waiting[index][1], between) for index in range(len(tasks))])
+        groups = [self._scored(task, waiting[index][0], rewards[index]) for index, task in enumerate(tasks)]
         seconds["sampling"] += sampled - started
         seconds["reward"] += time.perf_counter() - sampled
         return groups
@@ -249,6 +245,14 @@ class Sampler:
             advantages_PG = advantages_lib.advantages(rewards_PG, self.habits.advantages)
             for group, advantages_G in zip(kept, advantages_PG, strict=True):
                 group.advantages_G = advantages_G
+
+
+def _result(pending: workers.Pending, between: Callable[[], None] | None) -> workers.Scored:
+    """Wait for the rewards of a group."""
+    while between is not None and not pending.done():
+        between()
+        time.sleep(WAIT_SECONDS)
+    return pending.result()
 
 
 def is_flat(group: Scored) -> bool:

@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
 from luthier import mesh as mesh_lib
-from luthier import runtime
+from luthier import parting, processes, runtime
 from luthier.algorithms.sft import sft
 from luthier.checkpoint import source as source_lib
 from luthier.checkpoint import tokenizer as tokenizer_lib
 from luthier.checkpoint.state import Checkpoints
 from luthier.config import SftConfig
+from luthier.data.batches import import_reader
 from luthier.data.source import Batches, TokenRows, batches
 from luthier.data.source import load as load_rows
 from luthier.model.model import Model
@@ -63,13 +63,13 @@ def run(config: SftConfig) -> None:
     Raises UserError for what the user can mend, RunError where training cannot go on, and SystemExit with 143 or 130
     after saving where a signal stopped it.
     """
-    console = display.console()
+    processes.start(config)
     source = source_lib.resolve(config)
     place = folder.check(config)
     model = Model.from_hf(source.config, source.name)
     runtime.start(config)
-    mesh = mesh_lib.make(config)
-    with Stop() as stop, mesh_lib.use(mesh), ThreadPoolExecutor(1) as background:
+    console, mesh = display.console(), mesh_lib.make(config)
+    with Stop() as stop, mesh_lib.use(mesh), parting.losses_named(), ThreadPoolExecutor(1) as background:
         job = prepare(config, source, model, mesh)
         plan = plan_memory(job)
         tokenizer = tokenizer_lib.load(source, config.tokenizer_path, config.hf_access_token)
@@ -77,11 +77,13 @@ def run(config: SftConfig) -> None:
             rows, held_out = load_rows(config, tokenizer, counted)
         _check_rows(model, rows, held_out)
         total = total_steps(job, len(rows))
-        folder.open_(config)
+        processes.by_first(lambda: folder.open_(config))
         report.header(console, job, plan, rows, held_out, total, place, tokenizer)
         with saving.checkpoints(config, place) as checkpoints, saving.out_of_memory(*_memory(config)):
             saving.check_done(checkpoints, total, place)
+            saving.check_rows(checkpoints, config, mesh_lib.batch_shards(mesh), place)
             # Not sooner: compiling cannot be broken off, and nothing that a user mends should wait for it.
+            import_reader()
             programs = compile_steps(job, sft, background)
             base, state, data_state = load(job, checkpoints)
             this = Run(job, base, rows, held_out, programs, place, console, stop)
@@ -120,7 +122,7 @@ def train(
             learning_rate = rate(number - 1)
             state, values = advance(state, batch, np.float32(learning_rate), this.base)
             log.push(number, values, item["rows"], learning_rate)
-            stopped = this.stop.requested  # read once: a signal that comes later is for the next step
+            stopped = this.stop.agreed(late=True)  # asked once: a signal that comes later is for the next step
             last = number == total or stopped is not None
             if checkpoints is not None and (last or number % config.checkpoint_period == 0):
                 log.flush()  # raises where the step is not finite: it must not be saved
@@ -136,8 +138,9 @@ def train(
                 _look(this, log, writer.evaluations, number, state.params)
         this.stop.armed = False
         profile.close(state)
-    if this.stop.requested is not None:  # during the last step, which is saved
-        raise SystemExit(EXIT_CODES[this.stop.requested])
+    stopped = this.stop.agreed()
+    if stopped is not None:  # during the last step, which is saved
+        raise SystemExit(EXIT_CODES[stopped])
     if profile.due:
         display.warn(this.console, "no trace was written: the run ended within skip_first_n_steps_for_profiler.")
     loader.close()
@@ -175,12 +178,11 @@ def _batches(
     accumulate = accumulate or job.config.gradient_accumulation_steps
     return batches(
         rows.packed,
-        batch_size=job.batch_rows * accumulate // jax.process_count(),
+        batch_size=job.batch_rows * accumulate,
+        own=step.own_places(job.mesh, job.batch_rows, accumulate),
         seed=job.config.seed,
         shuffle=shuffle,
         num_epochs=epochs,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         worker_count=job.config.grain_worker_count,
     )
 
@@ -189,6 +191,7 @@ def _check_rows(model: Model, *splits: TokenRows | None) -> None:
     for split in splits:
         if split is not None:
             split.check_vocabulary(model.config.vocab_size)
+            processes.check_alike("the tokenised rows", split.packed.fingerprint)
 
 
 def _names(rows: TokenRows, batch_rows: Any) -> str:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from luthier import mesh as mesh_lib
+from luthier import processes
 from luthier.algorithms import is_linear, masked
 from luthier.model import cpu, param
 from luthier.model.compute import Compute
@@ -115,12 +116,12 @@ def make_train_step(
     compute: Compute,
     balance: Balance = NONE,
     weights: Weights = own,
-    dropout: jax.Array | None = None,
+    dropout: int | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Return ``step(state, batch, learning_rate, base=None) -> (state, metrics)``; the state given is donated.
 
     The batch's arrays are ``[A, B, T]``: A micro-batches. ``weights`` makes the model's weights of those trained and
-    of the ``base``. ``dropout`` is the key of what is dropped, differently in each step and micro-batch.
+    of the ``base``. ``dropout`` is the seed of what is dropped, differently in each step and micro-batch.
     """
 
     def objective(params: Tree, micro: Batch) -> Loss:
@@ -134,7 +135,7 @@ def make_train_step(
     def step(
         state: TrainState, batch: Batch, learning_rate: jax.Array, base: Tree = None
     ) -> tuple[TrainState, Metrics]:
-        key = None if dropout is None else jax.random.fold_in(dropout, state.step)
+        key = None if dropout is None else jax.random.fold_in(jax.random.key(dropout), state.step)
 
         def of_micro(number: jax.Array, micro: Batch) -> Running:
             its_own = None if key is None else jax.random.fold_in(key, number)
@@ -187,14 +188,38 @@ def batch_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
     return NamedSharding(mesh, P(None, mesh_lib.BATCH_AXES) if accumulated else P(mesh_lib.BATCH_AXES))
 
 
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Return which of the ``rows`` of a micro-batch lie on this process's devices."""
+    held = batch_sharding(mesh, accumulated=False).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index or ...] for index in held.values()]))
+
+
+def own_places(mesh: Mesh, rows: int, accumulate: int) -> np.ndarray:
+    """Return which rows of a whole step, ``accumulate`` micro-batches of ``rows`` one after the other, those are."""
+    return np.add.outer(np.arange(accumulate) * rows, own_rows(mesh, rows)).reshape(-1)
+
+
+def share(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
+    """Return of a micro-batch of all rows those that this process is to ``place``."""
+    return jax.tree.map(lambda rows: rows[own_rows(mesh, len(rows))], batch) if processes.several() else batch
+
+
 def place(batch: AnyBatch, mesh: Mesh, *, accumulate: int | None = None) -> AnyBatch:
-    """Put this host's rows on the devices, as ``[A, B, T]`` where ``accumulate`` gives A, else as they are."""
-    sharding = batch_sharding(mesh, accumulated=accumulate is not None)
+    """Put this process's rows on its devices, as ``[A, B, T]`` where ``accumulate`` gives A, else as they are.
+
+    The arrays are those of all processes. Two processes that hold the same rows, split by another axis, both give them.
+    """
+    sharding, axis = batch_sharding(mesh, accumulated=accumulate is not None), 0 if accumulate is None else 1
+    shards = mesh_lib.batch_shards(mesh)
+    own = len(own_rows(mesh, shards))
 
     def put(rows: np.ndarray) -> jax.Array:
         if accumulate is not None:
-            rows = rows.reshape(accumulate, -1, rows.shape[-1])
-        return jax.make_array_from_process_local_data(sharding, rows)
+            rows = rows.reshape(accumulate, -1, *rows.shape[1:])
+        shape = list(rows.shape)
+        shape[axis] *= shards
+        shape[axis] //= own
+        return jax.make_array_from_process_local_data(sharding, rows, tuple(shape))
 
     return jax.tree.map(put, batch)
 

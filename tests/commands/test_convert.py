@@ -100,7 +100,11 @@ def test_an_adapter_is_merged(tmp_path, name):
         (("model_name={folder}",), "no output: set output_path"),
         (("model_name={folder}", "output_path={folder}"), "is there already. Name another, or remove it first"),
         (("model_name={folder}", "output_path={new}", "gguf_type=f16"), "gguf_type=f16 is for a .gguf file"),
-        (("model_name={folder}", "output_path={new}.gguf", "dtype=float16"), "dtype=float16 is for a Hugging Face"),
+        (("model_name={folder}", "output_path={new}.gguf", "dtype=float16"), "dtype=float16 is for a folder"),
+        (
+            ("model_name={folder}", "output_path={new}", "scan_layers=false"),
+            "scan_layers=false is for MaxText's layout",
+        ),
         (("model_name={folder}", "output_path={new}", "lora_path={folder}"), "no adapter_config.json there"),
         (("model_name=./gone", "output_path={new}"), "model_name=./gone: no such file or folder"),
         (("model_name={folder}", "output_path={new}", "gguf_tpye=f16"), "Did you mean `gguf_type`"),

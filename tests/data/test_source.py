@@ -1,5 +1,6 @@
 import errno
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -284,18 +285,39 @@ def test_epochs_differ_in_order_and_hold_all_rows(unpacked):
     assert len(rows_of(all_batches(unpacked, num_epochs=0.3))) == 12
 
 
-@pytest.mark.parametrize(("batch_size", "process_count"), [(1, 1), (3, 1), (64, 1), (3, 2), (7, 4)])
-def test_hosts_share_the_rows_and_the_last_batch_is_filled_up(unpacked, batch_size, process_count):
-    options = {"batch_size": batch_size, "process_count": process_count}
-    shares = [all_batches(unpacked, process_index=i, **options) for i in range(process_count)]
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(row for share in shares for row in rows_of(share)) == list(range(40))
-    for share in shares:
-        assert all(item["batch"].tokens_BT.shape == (batch_size, 64) for item in share)
-        last = share[-1]
-        filler = last["rows"] < 0
-        assert not last["batch"].segments_BT[filler].any()
-        assert not last["batch"].mask_BT[filler].any()
+@pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (3, 1), (64, 1), (6, 2), (28, 4)])
+def test_processes_share_the_batches_of_one_and_the_last_is_filled_up(unpacked, batch_size, processes):
+    whole = all_batches(unpacked, batch_size=batch_size)
+    assert sorted(rows_of(whole)) == list(range(40))
+    for own in np.arange(batch_size).reshape(-1, processes).T:
+        share = all_batches(unpacked, batch_size=batch_size, own=own)
+        assert len(share) == len(whole)
+        for mine, everyones in zip(share, whole, strict=True):
+            np.testing.assert_array_equal(mine["rows"], everyones["rows"])
+            assert mine["batch"].tokens_BT.shape == (len(own), 64)
+            for name in ("tokens_BT", "mask_BT", "segments_BT", "positions_BT"):
+                theirs = getattr(everyones["batch"], name)[own]
+                np.testing.assert_array_equal(getattr(mine["batch"], name), theirs)
+    filler = whole[-1]["rows"] < 0
+    assert not whole[-1]["batch"].segments_BT[filler].any()
+    assert not whole[-1]["batch"].mask_BT[filler].any()
+
+
+def test_another_number_of_processes_goes_on_where_one_stopped(unpacked):
+    options = {"batch_size": 6, "seed": 5, "shuffle": True, "num_epochs": 2.0}
+    whole, first = source.batches(unpacked.packed, **options), source.batches(unpacked.packed, **options, own=[0, 1, 2])
+    for _ in range(4):
+        assert next(first)["rows"].tolist() == next(whole)["rows"].tolist()
+    state = json.loads(json.dumps(first.get_state()))
+    others = [source.batches(unpacked.packed, **options, own=own) for own in ([0, 3], [1, 4], [2, 5])]
+    for other in others:
+        other.set_state(state)
+    for _ in range(4):
+        expected = next(whole)
+        parts = [next(other) for other in others]
+        for place, part in zip((0, 1, 2), parts, strict=True):
+            np.testing.assert_array_equal(part["rows"], expected["rows"])
+            np.testing.assert_array_equal(part["batch"].tokens_BT, expected["batch"].tokens_BT[[place, place + 3]])
 
 
 @pytest.mark.parametrize("num_epochs", [3.0, 5.5])
@@ -317,42 +339,33 @@ def test_state_resumes_with_the_same_batches(unpacked, num_epochs):
     np.testing.assert_array_equal(next(whole)["rows"], expected[0]["rows"])
 
 
-@pytest.mark.parametrize("process_count", [1, 5])
 @pytest.mark.parametrize("first_epochs", [0.5, 1.0])
-def test_more_epochs_go_on_with_the_first_row_not_yet_seen(write, keys, tokenizer, process_count, first_epochs):
+def test_more_epochs_go_on_with_the_first_row_not_yet_seen(write, keys, tokenizer, first_epochs):
     write(EXCHANGES[:12])
     rows, _ = load(keys, tokenizer, packing=False)
 
-    def loaders(num_epochs):
-        options = {"batch_size": 5 // process_count, "seed": 3, "shuffle": True, "num_epochs": num_epochs}
-        shared = {"process_count": process_count, **options}
-        return [source.batches(rows.packed, process_index=i, **shared) for i in range(process_count)]
+    def loader(num_epochs):
+        return source.batches(rows.packed, batch_size=5, seed=3, shuffle=True, num_epochs=num_epochs)
 
-    def order(items):
-        """Rows in the order of all processes together."""
-        return [int(row) for step in zip(*items, strict=True) for item in step for row in item["rows"] if row >= 0]
-
-    seen, states = [], [None] * process_count
+    seen, state = [], None
     for num_epochs in (first_epochs, 2.0):
-        resumed = loaders(num_epochs)
-        for loader, state in zip(resumed, states, strict=True):
-            if state is not None:
-                loader.set_state(state)
-        left = len(resumed[0])
-        items = [list(loader) for loader in resumed]
-        assert {len(share) for share in items} == {left}
-        seen += order(items)
-        states = [json.loads(json.dumps(loader.get_state())) for loader in resumed]
+        resumed = loader(num_epochs)
+        if state is not None:
+            resumed.set_state(state)
+        left, items = len(resumed), list(resumed)
+        assert len(items) == left
+        seen += rows_of(items)
+        state = json.loads(json.dumps(resumed.get_state()))
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
-    assert seen == order([list(loader) for loader in loaders(2.0)])
-    assert states == [{"rows": 24, "batch_size": 5, "fingerprint": states[0]["fingerprint"]}] * process_count
+    assert seen == rows_of(loader(2.0))
+    assert state == {"rows": 24, "batch_size": 5, "fingerprint": state["fingerprint"]}
 
 
 def test_state_of_other_batches_is_refused(unpacked):
     state = source.batches(unpacked.packed, batch_size=3, seed=0, shuffle=True).get_state()
     with pytest.raises(UserError, match=r"begun with 3 rows in a step .* go on with 8.*run_name"):
-        source.batches(unpacked.packed, batch_size=4, process_count=2, seed=0, shuffle=True).set_state(state)
-    source.batches(unpacked.packed, batch_size=1, process_count=3, seed=0, shuffle=True, num_epochs=2).set_state(state)
+        source.batches(unpacked.packed, batch_size=8, seed=0, shuffle=True).set_state(state)
+    source.batches(unpacked.packed, batch_size=3, seed=0, shuffle=True, num_epochs=2, own=[1]).set_state(state)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +418,28 @@ def test_worker_processes_give_the_same_batches(unpacked, monkeypatch):
     for item, other in zip(expected, found, strict=True):
         np.testing.assert_array_equal(item["rows"], other["rows"])
         np.testing.assert_array_equal(item["batch"].mask_BT, other["batch"].mask_BT)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_data_process_that_dies_loses_no_row(unpacked, monkeypatch, caplog):
+    monkeypatch.setattr("luthier.data.batches.TOKENS_WORTH_PROCESSES", 1)
+    options = {"batch_size": 1, "seed": 0, "shuffle": True}
+    expected = source.batches(unpacked.packed, **options, num_epochs=2.0)
+    reading = source.batches(unpacked.packed, **options, num_epochs=2.0, worker_count=2)
+    for number, item in enumerate(expected):
+        if number == 7:
+            multiprocessing.active_children()[0].kill()
+        np.testing.assert_array_equal(item["rows"], next(reading)["rows"])
+    assert "A process that reads data ended" in caplog.text
+    reading = source.batches(unpacked.packed, **options, num_epochs=20.0, worker_count=2)
+    next(reading)
+    multiprocessing.active_children()[0].kill()
+    begin_again = reading._begin_again
+    monkeypatch.setattr(reading, "_begin_again", lambda reason: (begin_again(reason), begin_again(reason)))
+    with pytest.raises(RunError, match=r"ended twice, before the batch .*grain_worker_count=0"):
+        list(reading)
+    reading.close()
 
 
 @pytest.mark.parametrize(

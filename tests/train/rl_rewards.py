@@ -7,6 +7,22 @@ import signal
 import time
 from pathlib import Path
 
+from luthier.rollout.environment import Answer, TextEnvironment
+
+
+class Whim(TextEnvironment):
+    """Answers as it likes, when it likes."""
+
+    stop = tuple("abcdefghijklmnopqrstuvwxyz0123456789")
+
+    def answer(self, reply):
+        time.sleep(os.urandom(1)[0] / 20_000)
+        return Answer(text=f" {os.urandom(2).hex()}", reward=os.urandom(1)[0] / 255, done=os.urandom(1)[0] < 100)
+
+
+def chance(completion_ids, **_):
+    return [os.urandom(1)[0] / 255 for _ in completion_ids]
+
 
 def even(completion_ids, **_):
     """The share of even tokens: differs within groups, and can be learnt."""

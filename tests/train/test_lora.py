@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_variants import VARIANTS
-from published import PUBLISHED
 from safetensors.numpy import load_file
 
 import tiny
@@ -21,6 +20,7 @@ from luthier.algorithms.sft import sft
 from luthier.model import lora, param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
+from luthier.model.published import PUBLISHED
 from luthier.train import memory, optimizer, step, tuning
 from luthier.train.tuning import Base, Tuning
 from luthier.types import Batch
