@@ -69,11 +69,11 @@ def fetch(url: str, key: str, patterns: Sequence[str] = ("*",), *, deep: bool = 
     return place
 
 
-def exists(url: str, key: str) -> bool:
-    """Say whether a file is in a bucket."""
+def holds(url: str, name: str, key: str) -> bool:
+    """Say whether a folder in a bucket has the file ``name``. Raises UserError where it cannot be seen."""
     files, path = _open(url, key)
     with refusals(f"{key}={url}", UserError):
-        return bool(files.exists(path))
+        return bool(files.exists(f"{path}/{name}"))
 
 
 def move(old: str, new: str) -> None:

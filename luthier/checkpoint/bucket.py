@@ -11,8 +11,8 @@ from luthier import remote
 from luthier.checkpoint import hub
 from luthier.errors import UserError
 
-_CONFIGS = ("/config.json", "/adapter_config.json", "/model/config.json", "/adapter/adapter_config.json")
-_ORBAX = ("", "/items", "/model_params", "/model")
+_CONFIGS = ("config.json", "adapter_config.json", "model/config.json", "adapter/adapter_config.json")
+_ARRAYS = ("_METADATA", "items/_METADATA", "model_params/_METADATA", "model/_METADATA")
 
 
 def bring(url: str, key: str) -> Path:
@@ -24,13 +24,16 @@ def bring(url: str, key: str) -> Path:
     if url.endswith(".gguf"):
         return remote.fetch(url, key)
     for config in _CONFIGS:
-        if remote.exists(url + config, key):
-            folder = url + config.rpartition("/")[0]
-            return remote.fetch(folder, key, [*hub.SMALL_FILES, *hub.WEIGHT_FILES])
-    for items in _ORBAX:
-        if remote.exists(f"{url}{items}/_METADATA", key):
-            return remote.fetch(url + items, key, deep=True)
+        if remote.holds(url, config, key):
+            return remote.fetch(_beside(url, config), key, [*hub.SMALL_FILES, *hub.WEIGHT_FILES])
+    for arrays in _ARRAYS:
+        if remote.holds(url, arrays, key):
+            return remote.fetch(_beside(url, arrays), key, deep=True)
     raise UserError(
         f"{key}={url}: no config.json, no adapter_config.json and no arrays of a MaxText checkpoint there. "
         "Give the folder that holds them, or a .gguf file."
     )
+
+
+def _beside(url: str, name: str) -> str:
+    return f"{url}/{name}".rpartition("/")[0]

@@ -10,6 +10,7 @@ Left out on purpose: optimizer state, which is another optimizer's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from luthier.checkpoint import folder as whole
 from luthier.checkpoint.maxtext_families import describe
 from luthier.checkpoint.maxtext_layout import Leaf
 from luthier.checkpoint.source import Source
+from luthier.checkpoint.state import not_raised_anyway
 from luthier.checkpoint.tensors import Stored
 
 _CHUNK_BYTES = 1 << 28
@@ -78,9 +80,14 @@ def _save(folder: Path, arrays: Mapping[str, Stored], scanned: bool) -> None:
     import jax
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").addFilter(not_raised_anyway)
     types = ocp.type_handlers
     # Orbax wants to know of its own arrays, too, of which there are none here.
-    known = ((Stored, _one_by_one()), (int, types.ScalarHandler()), (jax.Array, types.ArrayHandler()))
+    known = (
+        (Stored, _one_by_one(types.NumpyHandler)(deepcopy_host_arrays=False)),
+        (int, _one_by_one(types.ScalarHandler)()),
+        (jax.Array, types.ArrayHandler()),
+    )
     registry = types.create_type_handler_registry(*known)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, type_handler_registry=registry)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
@@ -91,21 +98,23 @@ def _save(folder: Path, arrays: Mapping[str, Stored], scanned: bool) -> None:
         manager.save(0, args=ocp.args.Composite(items=items), custom_metadata={"scan_layers": scanned})
 
 
-def _one_by_one() -> Any:
-    """Return Orbax's writer of arrays, for arrays that are read as they are written."""
-    import orbax.checkpoint as ocp
+def _one_by_one(handler: Any) -> Any:
+    """Return the kind of Orbax's writers that reads a value when its turn comes, and ends before the next has its.
 
-    class OneByOne(ocp.type_handlers.NumpyHandler):
-        async def serialize(self, values: Sequence[Stored], infos: Any, args: Any = None) -> Any:
+    So one is in memory at a time, and after a failure nothing is still being written.
+    """
+
+    class OneByOne(handler):
+        async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Any:
             futures = []
             for value, info, arg in zip(values, infos, args, strict=True):
-                done = await super().serialize([value.read()], [info], [arg])
-                for each in done:
-                    each.result()
-                futures += done
+                read = value.read() if isinstance(value, Stored) else value
+                for future in await super().serialize([read], [info], [arg]):
+                    future.result()
+                    futures.append(future)
             return futures
 
-    return OneByOne(deepcopy_host_arrays=False)
+    return OneByOne
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

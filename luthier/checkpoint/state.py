@@ -61,7 +61,7 @@ class Checkpoints:
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_not_raised_anyway)
+            logging.getLogger(name).addFilter(not_raised_anyway)
         with self._writing():
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         self._args, self._arrays = ocp.args, handlers["state"]
@@ -231,7 +231,7 @@ def _damage(error: Exception, place: Any) -> str:
     return f"it cannot be read: {said[:200] or type(error).__name__}"
 
 
-def _not_raised_anyway(record: logging.LogRecord) -> bool:
+def not_raised_anyway(record: logging.LogRecord) -> bool:
     """Keep Orbax from printing the traceback of an error in each of its threads, all of which it raises here too."""
     return not (record.exc_info and {"orbax", "asyncio"} & set(Path(record.pathname).parts))
 

@@ -28,6 +28,7 @@ def checkpoints(config: TrainKeys, place: Path) -> Iterator[Checkpoints | None]:
     with contextlib.ExitStack() as stack:
         if url and processes.is_first():
             stack.enter_context(remote.Mirror(place, url, warn))
+            display.console().print(f"This run lies in {url}; {place} is this machine's copy.")
         if not direct:
             _check_shared(place, url)
         yield (

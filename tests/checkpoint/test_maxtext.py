@@ -6,7 +6,9 @@ and checksums of what its `to_maxtext` makes of the weights in `maxtext_models.p
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -325,6 +327,34 @@ def test_what_has_no_place_there_is_refused_before_anything_is_written(tmp_path,
     command = ["convert", f"load_parameters_path={folder}", f"output_path={tmp_path / 'out'}", "output_format=maxtext"]
     assert cli.main(command) == 2
     assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, capsys):
+    """The system's limit on the size of files stands in for the disk's."""
+    folder = write_model(tmp_path / "hf", CONFIGS["qwen3-0.6b"], tensors(CONFIGS["qwen3-0.6b"]))
+    command = ["convert", f"load_parameters_path={folder}", f"output_path={tmp_path / 'out'}", "output_format=maxtext"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        assert cli.main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    said = capsys.readouterr().err
+    assert "the checkpoint could not be written (File too large)" in said
+    assert "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_values_beyond_float16_are_refused(tmp_path, capsys):
+    weights = tensors(CONFIGS["qwen3-0.6b"])
+    weights["model.norm.weight"][3] = 1e6
+    folder = write_model(tmp_path / "hf", CONFIGS["qwen3-0.6b"], weights)
+    command = ["convert", f"load_parameters_path={folder}", f"output_path={tmp_path / 'out'}", "output_format=maxtext"]
+    assert cli.main([*command, "dtype=float16"]) == 2
+    assert "model.norm.weight has values beyond float16's 65504" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
