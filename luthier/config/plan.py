@@ -26,7 +26,7 @@ class PlanKeys(Keys):
     topology: str = key(
         "",
         "Machine, by its cloud's name: `v5p-8` (which counts cores: 4 chips), `v6e-8`, `v5e-16`, `v4-32`, "
-        "`gpu-h100-80gb-8`, `gpu-h200`, and so on.",
+        "`gpu-h100-80gb-8`, `gpu-h200`, and so on; `cpu`: this one.",
         "compile_topology",
     )
     topology_num_slices: PositiveInt = key(

@@ -1,7 +1,8 @@
 """The machines that can be planned for, and what their makers publish of them.
 
 A name is that of the cloud's: of v4 and v5p it counts cores, two a chip, of the others chips. GPUs are counted in
-GPUs: ``gpu-h100-80gb`` is one, ``gpu-h100-80gb-8`` a host of them.
+GPUs: ``gpu-h100-80gb`` is one, ``gpu-h100-80gb-8`` a host of them. ``cpu`` is the machine at hand, whose peaks nobody
+publishes: they are measured.
 
 Left out on purpose: prices, and machines of several kinds of device.
 """
@@ -12,12 +13,19 @@ import functools
 import math
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
 from luthier.errors import UserError, did_you_mean
-from luthier.memory import GIB
+from luthier.memory import GIB, available
+from luthier.model.compute import fast_dtype
 
 TERA, GIGA = 1e12, 1e9
 
@@ -32,7 +40,7 @@ class Chip:
     """
 
     kind: str
-    platform: Literal["tpu", "gpu"]
+    platform: Literal["tpu", "gpu", "cpu"]
     flops: float
     memory: float
     bandwidth: float
@@ -118,12 +126,12 @@ class Topology:
     @property
     def compiles(self) -> bool:
         """Whether its programs can be compiled here; else they are traced, and their figures are estimates."""
-        return self.chip.platform == "tpu"
+        return self.chip.platform != "gpu"
 
     @property
     def host(self) -> tuple[int, ...]:
         """The chips of a host, as they stand."""
-        if self.chip.platform == "gpu":
+        if self.chip.platform != "tpu":
             return (min(self.chips, GPUS_OF_A_HOST),)
         if len(self.shape) == 2:
             return self.shape if math.prod(self.shape) <= 8 else (2, 2)
@@ -146,6 +154,8 @@ class Topology:
 
         Raises UserError where libtpu, which compiles for TPUs, is not installed.
         """
+        if self.chip.platform == "cpu":
+            return jax.devices("cpu")[:1]
         if compiles and self.compiles:
             return _described(self)
         return [Stand(number, self) for number in range(self.chips)]
@@ -217,12 +227,14 @@ def _described(machine: Topology) -> Sequence[Any]:
 
 def find(name: str, slices: int = 1) -> Topology:
     """Return the machine of that name. Raises UserError where there is none."""
+    if name == "cpu":
+        return Topology(name, _this_cpu(), (1,))
     family, _, count = name.rpartition("-")
     if name in CHIPS and CHIPS[name].platform == "gpu":
         family, count = name, "1"
     chip = CHIPS.get(family)
     if chip is None or not re.fullmatch(r"[1-9]\d*", count):
-        hint = did_you_mean(name, names()) or f" There are {', '.join(f'{each}-N' for each in CHIPS)}."
+        hint = did_you_mean(name, names()) or f" There are {', '.join(f'{each}-N' for each in CHIPS)} and cpu."
         raise UserError(f"topology={name}: no such machine is known.{hint}")
     if chip.platform == "gpu":
         return Topology(name, chip, (int(count),), slices)
@@ -234,8 +246,29 @@ def find(name: str, slices: int = 1) -> Topology:
     return Topology(name, chip, shape, slices)
 
 
+@functools.cache
+def _this_cpu() -> Chip:
+    """Return the CPU of this machine: what it does in a large product, and in going through a large array."""
+    square, array = jnp.ones((2048, 2048), fast_dtype()), jnp.ones(2**26, jnp.float32)
+    product = _seconds(jax.jit(lambda x: x @ x), square)
+    copied = _seconds(jax.jit(lambda x: x + 1), array)
+    memory = available(Mesh(np.array(jax.devices("cpu")[:1]), ("data",))) or 0.0
+    return Chip("CPU, peaks as measured", "cpu", 2 * 2048**3 / product, memory, 2 * 4 * 2**26 / copied, 0.0, 1.0, "")
+
+
+def _seconds(function: Callable[[jax.Array], jax.Array], argument: jax.Array) -> float:
+    """Return the least time of some calls."""
+    function(argument).block_until_ready()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        function(argument).block_until_ready()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
 def names() -> list[str]:
     """Return the usual names."""
     tpus = [f"{family}-{chips * CHIPS[family].cores}" for family, shapes in SHAPES.items() for chips in shapes]
     gpus = [name + size for name, chip in CHIPS.items() if chip.platform == "gpu" for size in ("", "-8")]
-    return tpus + gpus
+    return [*tpus, *gpus, "cpu"]

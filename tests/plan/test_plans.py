@@ -120,6 +120,17 @@ def test_a_sampler_of_its_own_leaves_the_trainers_memory_alone():
     assert "sampler's weights" in decode.parts
 
 
+def test_this_machine_is_planned_for_by_compiling(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    plan = planned("sft", "topology=cpu", f"model_name={tmp_path}", "max_target_length=32", compiles=True)
+    (stage,) = plan.stages
+    assert plan.fits
+    assert not plan.estimated
+    assert stage.work is not None
+    assert stage.work.memory > stage.parts["trained weights"]
+    assert not stage.collectives
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
