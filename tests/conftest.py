@@ -38,6 +38,13 @@ def data_folder() -> Path:
     return folder
 
 
+@pytest.fixture
+def tpu_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler for TPUs (extra `plan`), which the environment of the slow tests has."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random tiny Llama and its tokenizer."""

@@ -109,13 +109,11 @@ def test_slices_that_do_not_fit_are_refused() -> None:
         ("v5p:2x2x1", 2, {"dcn_data_parallelism": 2}),
     ],
 )
-def test_chips_that_are_not_there_make_a_mesh(
-    monkeypatch: pytest.MonkeyPatch, name: str, slices: int, keys: dict[str, int]
-) -> None:
-    pytest.importorskip("libtpu")
+@pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
+def test_chips_that_are_not_there_make_a_mesh(name: str, slices: int, keys: dict[str, int]) -> None:
     from jax.experimental import topologies
 
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken
     chips = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
     made = mesh.make(ModelKeys(**keys), chips)
     assert {chip.id for chip in made.devices.flat} == {chip.id for chip in chips}

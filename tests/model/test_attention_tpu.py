@@ -27,10 +27,7 @@ COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-p
 V5P, V6E = "v5p:2x2x1", "v6e:2x4"  # v5p-8 is named by its cores
 
 
-@pytest.fixture(autouse=True)
-def _compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("libtpu")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
 
 
 def chips(name: str, **axes: int) -> jax.sharding.Mesh:

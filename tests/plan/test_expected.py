@@ -79,6 +79,7 @@ def test_a_pod_of_eight_hosts_sends_no_more_than_it_should(pods: list[dict[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
 @pytest.mark.parametrize(
     ("machine", "pod"),
     [
@@ -88,7 +89,6 @@ def test_a_pod_of_eight_hosts_sends_no_more_than_it_should(pods: list[dict[str, 
     ],
 )
 def test_a_tpu_sends_no_more_than_it_should(machine: str, pod: dict[str, int]) -> None:
-    pytest.importorskip("libtpu")
     from luthier.plan import topologies
 
     for axis, (sent, should) in per_axis(topologies.find(machine).devices(), sizes(pod)).items():

@@ -232,9 +232,9 @@ def _products(jaxpr: Any) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
 def test_a_tpus_compiler_says_what_it_takes(tmp_path):
     """A small model compiled for v6e-8 with no TPU: the splash kernel is in it, and only weights are gathered."""
-    pytest.importorskip("libtpu")
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"head_dim": 128, "hidden_size": 512}))
     plan = planned("sft", "topology=v6e-8", f"model_name={tmp_path}", "max_target_length=256", compiles=True)
     (stage,) = plan.stages
@@ -249,8 +249,8 @@ def test_a_tpus_compiler_says_what_it_takes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
 def test_what_does_not_fit_a_tpu_is_a_verdict_and_no_traceback(tmp_path):
-    pytest.importorskip("libtpu")
     wide = TINY | {"hidden_size": 8192, "intermediate_size": 65536, "num_hidden_layers": 8, "head_dim": 128}
     (tmp_path / "config.json").write_text(json.dumps(wide))
     plan = planned("sft", "topology=v6e-1", f"model_name={tmp_path}", "max_target_length=128", compiles=True)

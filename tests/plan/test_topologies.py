@@ -72,9 +72,10 @@ def test_slices_and_hosts_of_gpus_are_joined_by_the_network():
     assert [device.process_index for device in two_hosts.devices()] == [0] * 8 + [1] * 8
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
 @pytest.mark.parametrize(("name", "kind"), [("v6e-1", "TPU v6 lite"), ("v6e-8", "TPU v6 lite"), ("v5p-8", "TPU v5")])
 def test_tpus_are_described_by_their_compiler(name, kind):
-    pytest.importorskip("libtpu")
     machine = topologies.find(name)
     devices = machine.devices()
     assert [device.device_kind for device in devices] == [machine.chip.kind] * machine.chips == [kind] * machine.chips
