@@ -4,8 +4,7 @@
     python benchmarks/plan.py
 
 Each run is compiled by `luthier plan` in a process of its own, one after the other, which takes minutes of a core
-each; programs are kept in the usual cache, so that a second time takes seconds. No TPU and no weights are needed.
-Fails where a run does not fit, or has no splash kernel.
+each. No TPU and no weights are needed. Fails where a run does not fit, or has no splash kernel.
 """
 
 from __future__ import annotations

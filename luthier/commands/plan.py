@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from luthier import runtime
 from luthier.config.plan import RlPlan, SftPlan
 from luthier.errors import UserError
 from luthier.plan import plans, report, search, topologies
@@ -24,11 +23,11 @@ def run(config: SftPlan | RlPlan) -> None:
     Raises UserError for a machine or model that is not known, and for keys that do not go together.
     """
     jax.config.update("jax_platforms", "cpu")  # devices that are here are left alone
-    runtime.start(config)
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs for devices that are not here
     console = display.console()
     machine = topologies.find(config.topology, config.topology_num_slices)
     if config.compile and machine.compiles:
-        console.print(f"Compiling for {machine.name}: for large models this takes minutes, and once.", markup=False)
+        console.print(f"Compiling for {machine.name}: for large models this takes minutes.", markup=False)
     found = plans.plan(config, machine, compiles=config.compile)
     report.show(console, found)
     figures = found.figures()

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_variants import VARIANTS, Config
+from family_variants import ONE_EACH, VARIANTS, Config
 from test_cached_forward import pieces_logp
 
 import tiny
@@ -70,9 +70,13 @@ DEEP = (
 
 
 def variants(quick: Callable[[str], bool], every: Iterable[str] = tuple(VARIANTS)) -> Any:
-    """Parametrise by every variant, of which those that are not ``quick`` run with the slow tests."""
-    names = [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in every]
-    return pytest.mark.parametrize("name", names)
+    """Parametrise by every variant: those that are ``quick``, with the slow tests one of each type, and all."""
+
+    def marked(name: str) -> Any:
+        late = pytest.mark.slow if name in ONE_EACH else pytest.mark.exhaustive
+        return name if quick(name) else pytest.param(name, marks=late)
+
+    return pytest.mark.parametrize("name", list(map(marked, every)))
 
 
 # A config that is written in an older way makes the program of the newer one, which is proved on its own.
