@@ -19,7 +19,7 @@ PARTING_SECONDS = 10
 """How long a process that has failed waits for others that fail by the same, so that each can say so."""
 RESUME = "The same command, given to all processes again, goes on from the last checkpoint."
 
-_last_words = ""
+_last_words, _last_code = "", 1
 _handlers: list[Any] = []
 
 
@@ -73,7 +73,7 @@ def say_last_words(words: str) -> None:
 
     def handle(number: int) -> None:
         os.write(2, _said(_last_words))  # nothing that could wait for another thread's lock
-        os._exit(1)
+        os._exit(_last_code)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
     _handlers.append(handler)  # to be kept as long as it may be called
@@ -81,10 +81,15 @@ def say_last_words(words: str) -> None:
 
 
 def _part(code: int) -> NoReturn:
-    """End this process once the others have come to their end too, or after some seconds."""
+    """End this process once the others have come to their end too, or after some seconds.
+
+    One that ends later than process 0 is aborted, and that is then how it ends: with its own code, all being said.
+    """
     import jax
     from jax._src import distributed  # the barrier has no public name
 
+    global _last_words, _last_code
+    _last_words, _last_code = "", code
     client = distributed.global_state.client
     if client is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -97,10 +102,9 @@ def _end(code: int, words: str = "") -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    if words:
-        os.write(2, _said(words))
+    os.write(2, _said(words))
     os._exit(code)
 
 
 def _said(words: str) -> bytes:
-    return f"luthier: {words}\n".encode()
+    return f"luthier: {words}\n".encode() if words else b""

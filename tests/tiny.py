@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def torch_twin(config: dict[str, Any], seed: int = 0) -> Any:
 
     torch.set_num_threads(1)  # over matrices this small, more of them only wait for each other
     torch.manual_seed(seed)
-    fields = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
+    # A copy: Transformers writes into what it is given.
+    fields = {name: deepcopy(value) for name, value in config.items() if name not in ("model_type", "architectures")}
     if "text_config" in fields:
         fields["text_config"] = fields["text_config"] | {"initializer_range": 0.1}
     model = getattr(transformers, config["architectures"][0])._from_config(

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_a_config_reads_like_what_transformers_writes_of_it(name: str) -> None:
     """Old and new ways of writing a config, with the defaults that Transformers fills in."""
     transformers = pytest.importorskip("transformers")
     config = VARIANTS[name].config
-    fields = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+    fields = {key: deepcopy(value) for key, value in config.items() if key not in ("model_type", "architectures")}
     written = transformers.AutoConfig.for_model(config["model_type"], **fields).to_dict()
     assert Model.from_hf(json.loads(json.dumps(written)), name) == model_of(name)
 
