@@ -80,6 +80,16 @@ def identical(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+def moved_alike(before: dict[str, np.ndarray], one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """Two runs that began with the same weights have moved them alike, as a whole.
+
+    Adam divides each gradient by its own size, so that one weight whose gradient is rounding alone may go either way.
+    """
+    for name, weight in one.items():
+        apart, moved = np.linalg.norm(other[name] - weight), np.linalg.norm(weight - before[name])
+        assert apart <= 1e-4 * moved, f"{name}: {apart:.2e} apart, having moved by {moved:.2e}"
+
+
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model of one layer, which starts and trains quickly."""
@@ -113,8 +123,7 @@ def test_several_processes_train_as_one_does(
     keys = sft(tmp_path, tiny_model, tiny_rows, *AXES[axes])
     run = Run("sft", keys, tmp_path / "logs", count=count, devices=4 // count).done()
     close(alone, tmp_path)
-    for name, weight in weights(alone).items():
-        np.testing.assert_allclose(weights(tmp_path)[name], weight, atol=TOLERANCE, err_msg=name)
+    moved_alike(load_file(tiny_model / "model.safetensors"), weights(alone), weights(tmp_path))
     here = tmp_path / "run"
     assert saved(tmp_path) == [STEPS]
     assert len(list((here / "tensorboard").glob("events*"))) == 1
