@@ -63,7 +63,7 @@ def per_axis(devices: Any, settings: list[str]) -> dict[str, list[float]]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("pods", [PODS, pytest.param(LARGER, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pods", [PODS, pytest.param(LARGER, marks=pytest.mark.exhaustive)])
 def test_a_pod_of_eight_hosts_sends_no_more_than_it_should(pods: list[dict[str, int]]) -> None:
     """64 devices are simulated in a process of their own: 8 hosts with 8 each."""
     flags = "--xla_force_host_platform_device_count=64"
