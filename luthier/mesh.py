@@ -30,7 +30,8 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical axis -> mesh axes. A dimension in WHOLE is kept whole where the mesh axis does not divide it. "time" is that
-# of rows in the order of `model.zigzag`, "slots" that of a cache; weights are split over `context` as over `fsdp`.
+# of rows in the order of `model.zigzag`, "slots" that of a cache and of whole rows; weights are split over `context` as
+# over `fsdp`.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "time": ("context",),
@@ -60,8 +61,8 @@ def make(keys: ModelKeys, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh that the ``ici_*`` and ``dcn_*_parallelism`` keys describe over ``devices`` (default: all).
 
     Slices are told by the devices' ``slice_index``; where they have none and a ``dcn_*`` key is not 1, each process has
-    one. Devices of a topology that is not there, to compile for, do too. Raises UserError where the axes' product is
-    not the number of devices in a slice, or of slices.
+    one. ``devices`` may be those of a topology that is not there, to compile for. Raises UserError where the axes'
+    product is not the number of devices in a slice, or of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = _slices(devices, [getattr(keys, name) for name in _names("dcn")])
@@ -165,8 +166,12 @@ def partition(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> P:
         if size % ways and axis in WHOLE:
             over = ()
         elif size % ways:
-            keys = " x ".join(f"ici_{name}_parallelism={mesh.shape[name]}" for name in over)
-            raise UserError(f"{keys} does not divide the {size} of axis `{axis}`. Choose a divisor of {size}.")
+            sizes = " x ".join(f"{name}={mesh.shape[name]}" for name in over)
+            keys = ", ".join(f"{network}_{name}_parallelism" for name in over for network in ("ici", "dcn"))
+            raise UserError(
+                f"the mesh's {sizes} does not divide the {size} of axis `{axis}`. "
+                f"Choose {keys} whose product is a divisor of {size}."
+            )
         entries.append(over or None)
     taken = [name for entry in entries for name in entry or ()]
     if len(taken) != len(set(taken)):

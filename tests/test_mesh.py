@@ -144,7 +144,7 @@ def test_experts_have_an_axis_that_dense_weights_are_split_over_too() -> None:
     )
     assert mesh.partition(("embed", "mlp"), (64, 32), devices) == P(("fsdp", "expert"), ("tensor",))
     assert mesh.partition(("batch", "time"), (8, 32), devices) == P(("fsdp", "expert"), None)
-    with pytest.raises(UserError, match="ici_expert_parallelism=2 does not divide the 9 of axis `expert`"):
+    with pytest.raises(UserError, match="expert=2 does not divide the 9 of axis `expert`"):
         mesh.partition(("expert",), (9,), devices)
 
 
@@ -154,7 +154,7 @@ def test_two_dimensions_on_one_mesh_axis_are_refused() -> None:
 
 
 def test_a_dimension_that_is_not_divided_is_refused_or_kept_whole() -> None:
-    with pytest.raises(UserError, match=r"ici_tensor_parallelism=8 does not divide the 9 of axis `heads`"):
+    with pytest.raises(UserError, match=r"tensor=8 does not divide the 9 of axis `heads`"):
         mesh.partition(("heads",), (9,), make(1, 1, 8))
     assert mesh.partition(("kv_heads", "head_dim"), (2, 64), make(1, 1, 8)) == P(None, None)
 

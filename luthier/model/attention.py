@@ -2,8 +2,7 @@
 
 ``blockwise`` is plain XLA and runs anywhere; ``cudnn`` and ``splash`` are the fused kernels of NVIDIA GPUs and TPUs.
 Where a cache goes before the tokens, ``attention_cached`` takes over, and where a row's tokens lie on several devices,
-``attention_context``. Left out on purpose: attention that is not
-causal, and biases other than sinks.
+``attention_context``. Left out on purpose: attention that is not causal, and biases other than sinks.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _laid_out(
     K = k_BSKH.shape[2]
     by_order = scoring.window is not None and not isinstance(segments, Prefixed)
     reach = min(T, scoring.window) if by_order else T
-    block = _block(B * N, T, reach)
+    block = block_size(B * N, T, reach, MAX_BLOCK)
     length = -(-T // block) * block
     plan = _Plan(length, block, N // K, length if reach == T else reach, scoring)
     pad = plan.length - T
@@ -161,9 +161,11 @@ class _Plan:
         return (allowed & related(of_queries, of_keys, self.scoring.window))[:, None]
 
 
-def _block(heads: int, length: int, reach: int) -> int:
-    """Return tokens in a block: as many as memory allows, evened out so that little is padded."""
-    most = MAX_BLOCK
+def block_size(heads: int, length: int, reach: int, most: int) -> int:
+    """Return tokens in a block: as many up to ``most`` as memory allows, evened out so that little is padded.
+
+    Its tokens' scores with each other, and with the ``reach`` tokens before them, are held at once.
+    """
     while most > 16 and heads * most * min(length, reach + most) * 4 > SCORES_LIMIT:
         most //= 2
     blocks = -(-length // most)

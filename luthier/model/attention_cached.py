@@ -51,9 +51,8 @@ def cached(
         scores = layers.softcap(matmul(q_BKRH.astype(keys.dtype), keys, transpose=True) * scale, softcap)
         return so_far.met(jnp.where(allowed, scores, FORBIDDEN), values, values.dtype)
 
-    whole = jax.lax.fori_loop(0, past.blocks, block, new)
-    o_BKRH = (whole.values_BKRH / whole.total_BKR[..., None]).astype(q_BTNH.dtype)
-    return o_BKRH.reshape(B, K, T, group, -1).transpose(0, 2, 1, 3, 4).reshape(B, T, N, -1)
+    o_BKRH, _ = jax.lax.fori_loop(0, past.blocks, block, new).mean()
+    return o_BKRH.astype(q_BTNH.dtype).reshape(B, K, T, group, -1).transpose(0, 2, 1, 3, 4).reshape(B, T, N, -1)
 
 
 def _over_itself(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from luthier.model import layers, zigzag
-from luthier.model.attention_blockwise import FORBIDDEN, SCORES_LIMIT, matmul
+from luthier.model.attention_blockwise import FORBIDDEN, block_size, matmul
 from luthier.model.segments import Segments, seen
 from luthier.model.softmax import Softmax
 
@@ -244,7 +244,7 @@ def _by_row(sinks_N: jax.Array | None, queries: _Queries) -> Any:
 
 def _queries(q_BtNH: jax.Array, kv_heads: int, tokens: _Tokens) -> _Queries:
     B, t, N, H = q_BtNH.shape
-    size = _block(B * N, t)
+    size = block_size(B * N, t, 0, MAX_BLOCK)
     q_nBbNH = _in_blocks(q_BtNH, size, 1)
     q_nBbKGH = q_nBbNH.reshape(-1, B, size, kv_heads, N // kv_heads, H)
     q_nBKRH = q_nBbKGH.transpose(0, 1, 3, 2, 4, 5).reshape(-1, B, kv_heads, size * (N // kv_heads), H)
@@ -254,7 +254,7 @@ def _queries(q_BtNH: jax.Array, kv_heads: int, tokens: _Tokens) -> _Queries:
 def _key_blocks(keys: _Keys, queries: _Queries) -> tuple[jax.Array, jax.Array, _Tokens]:
     """Return keys and values in blocks of ``[B, K, b, H]``, and what is known of their tokens."""
     _, B, K, R, _ = queries.q_nBKRH.shape
-    size = _block(B * K * R // queries.tokens_n.places_t.shape[1], keys.k_BsKH.shape[1])
+    size = block_size(B * K * R // queries.tokens_n.places_t.shape[1], keys.k_BsKH.shape[1], 0, MAX_BLOCK)
     k, v = (_in_blocks(x, size, 1).swapaxes(2, 3) for x in keys[:2])
     return k, v, _tokens_in_blocks(keys.tokens, size, NOWHERE)
 
@@ -278,15 +278,6 @@ def _tokens_first(x_nBKRH: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     n, _, K, R, H = x_nBKRH.shape
     x_BnbKGH = x_nBKRH.reshape(n, B, K, R * K // N, N // K, H).transpose(1, 0, 3, 2, 4, 5)
     return x_BnbKGH.reshape(B, -1, N, H)[:, :t]
-
-
-def _block(heads: int, length: int) -> int:
-    """Return tokens in a block, evened out so that little is padded."""
-    most = MAX_BLOCK
-    while most > 16 and heads * most * most * 4 > SCORES_LIMIT:
-        most //= 2
-    blocks = -(-length // most)
-    return length if blocks == 1 else -(-length // (blocks * 16)) * 16
 
 
 def _everybodys(keys: _Keys) -> _Keys:

@@ -96,10 +96,7 @@ def _kernel(
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     if places_T is not None:
         mask.q_sequence = places_T
-    block_q, block_kv = (
-        next(size for size in (MAX_BLOCK, 256, LANES) if length % size == 0)
-        for length in (shape[0] // shards, shape[1])
-    )
+    block_q, block_kv = _block(shape[0] // shards), _block(shape[1])
     return kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=kernels.BlockSizes(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from luthier import mesh as mesh_lib
+from luthier.model import zigzag
 from luthier.model.cpu import fence, transposed
 from luthier.model.layers import softcap
 
@@ -67,8 +68,8 @@ def token_logp(
     how = _How(cap, temperature, entropy)
     if cotangent_BT is not None and entropy:
         raise ValueError("token_logp: an announced gradient is that of log-probs alone, not of an entropy")
-    length, mesh = hidden_BTD.shape[1], mesh_lib.current()
-    short = 0 if mesh is None else -length % mesh.shape["context"]
+    length = hidden_BTD.shape[1]
+    short = -length % zigzag.ways()
     if short:
         hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, short), (0, 0)))
     arrays_BT = [targets_BT] if cotangent_BT is None else [targets_BT, jax.lax.stop_gradient(cotangent_BT)]
@@ -81,8 +82,7 @@ def token_logp(
 
 def _whole_rows(x_BT: jax.Array) -> jax.Array:
     """Keep whole, along time, what callers shift by a token: XLA shifts rows that are split wrongly (jax 0.10)."""
-    mesh = mesh_lib.current()
-    return x_BT if mesh is None or mesh.shape["context"] == 1 else mesh_lib.constrain(x_BT, "batch", "slots")
+    return x_BT if zigzag.ways() == 1 else mesh_lib.constrain(x_BT, "batch", "slots")
 
 
 class _How(NamedTuple):
@@ -150,7 +150,7 @@ def _over_mesh(local: Any, how: _How, hidden_BTD: jax.Array, head_VD: jax.Array,
     if mesh is None or mesh.size == 1:
         return local(_Axes(), how, hidden_BTD, head_VD, *arrays_BT)
     batch = mesh_lib.BATCH_AXES if hidden_BTD.shape[0] % mesh_lib.batch_shards(mesh) == 0 else ()
-    time = ("context",) if mesh.shape["context"] > 1 else ()
+    time = (zigzag.AXIS,) if zigzag.ways() > 1 else ()
     vocab = ("tensor",) if head_VD.shape[0] % mesh.shape["tensor"] == 0 else ()
     by_token, by_word = P(batch or None, time or None), P(vocab or None)
     outputs = {

@@ -241,10 +241,10 @@ def forward(
         tokens_BT, positions_BT = zigzag.spread(tokens_BT), zigzag.spread(positions_BT, repeat_last=True)
         routes_LBTk = None if routes_LBTk is None else zigzag.spread(routes_LBTk, axis=2)
     with jax.named_scope("embed"):
-        x_BTD = embedding.rows(params["embed"], tokens_BT, compute.dtype, "slots" if context is None else "time")
+        x_BTD = embedding.rows(params["embed"], tokens_BT, compute.dtype, _time(context))
         if decoder.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(decoder.embed_scale, compute.dtype)
-        x_BTD = _placed(x_BTD, context)
+        x_BTD = mesh.constrain(x_BTD, "batch", _time(context), "norm")
     here = Here(positions_BT, segments, compute, _rotations(decoder, positions_BT), context=context)
     fresh: dict[str, Fresh] = {}
     routed: list[Any] = []
@@ -261,9 +261,9 @@ def forward(
     return Output(x_BTD, fresh, whole)
 
 
-def _placed(x_BTD: jax.Array, context: str | None) -> jax.Array:
-    """Pin the layout of the residual stream: tokens of a row are split where attention knows of it."""
-    return mesh.constrain(x_BTD, "batch", "slots" if context is None else "time", "norm")
+def _time(context: str | None) -> str:
+    """Return the logical axis of a row's tokens, which are split over devices where attention knows of it."""
+    return "slots" if context is None else "time"
 
 
 def _rotations(decoder: Decoder, positions_BT: jax.Array) -> dict[Rope, Rotation]:
@@ -320,4 +320,4 @@ def _layer(norm: Norm, layer: Layer, here: Here, x_BTD: jax.Array, p: Tree) -> t
     with jax.named_scope("mlp"):
         out_BTD, routed = layer.mlp.apply(p["mlp"], normed("before_mlp", x_BTD), here)
         x_BTD = x_BTD + normed("after_mlp", out_BTD)
-    return _placed(x_BTD, here.context), fresh, routed
+    return mesh.constrain(x_BTD, "batch", _time(here.context), "norm"), fresh, routed

@@ -1,8 +1,8 @@
 """The one matmul of activations with a weight, and its gradient.
 
 The weight's type decides how it is multiplied: an array is the fp32 (or bf16) master itself and is trained; a quantised
-weight and what lies under an adapter (``lora.Lora``) are frozen, so that no gradient
-of theirs is computed. Left out on purpose: products of one batch of activations with another, which are attention's.
+weight and what lies under an adapter (``lora.Lora``) are frozen, so that no gradient of theirs is computed. Left out on
+purpose: products of one batch of activations with another, which are attention's.
 """
 
 from __future__ import annotations

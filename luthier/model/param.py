@@ -145,24 +145,16 @@ class Param:
         firsts = {side[0] for side in self.sides}
         sizes |= {name: spans[name].stop - spans[name].start for name in firsts}
         joined = {name: sizes[name] for side in self.sides if len(side) > 1 for name in side}
-        steps = {} if self.part is None else {self.part.axis: self.part.step}
-        own = (
-            slice(
-                0 if name in firsts else spans[name].start,
-                None if name in firsts else spans[name].stop,
-                steps.get(name),
-            )
-            for name in self.names
-        )
+        own = (slice(None, None, spans[name].step) if name in firsts else spans[name] for name in self.names)
         return einops.rearrange(block, self.layout, **joined)[tuple(own)]
 
     def _spans(self, where: Sequence[slice]) -> dict[str, slice]:
-        """Return {name of the layout: from which of its entries in the tensor to which ``where`` reaches}."""
+        """Return {name of the layout: which of its entries in the tensor ``where`` has}."""
         spans = dict(zip(self.names, where, strict=True))
         if self.part is not None:
             own, part = spans[self.part.axis], self.part
             last = part.start + (own.stop - 1) * part.step
-            spans[part.axis] = slice(part.start + own.start * part.step, last + 1)
+            spans[part.axis] = slice(part.start + own.start * part.step, last + 1, part.step)
         return spans
 
     @property

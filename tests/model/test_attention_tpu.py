@@ -26,7 +26,6 @@ KERNELS = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 V5P, V6E = "v5p:2x2x1", "v6e:2x4"  # v5p-8 is named by its cores
 
-
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
 
 
@@ -63,8 +62,8 @@ def gradient(context: str | None) -> Any:
     ("name", "axes"),
     [
         (V5P, {"fsdp": 4}),
-        pytest.param(V5P, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param(V6E, {"tensor": 4}, marks=pytest.mark.slow),
+        (V5P, {"fsdp": 2, "tensor": 2}),
+        (V6E, {"tensor": 4}),
     ],
     ids=str,
 )
@@ -75,7 +74,6 @@ def test_each_chip_sees_to_its_own_rows_and_heads(name: str, axes: dict[str, int
         assert compiled(gradient(None), q, kv, kv, segments) == ([*KERNELS], {})
 
 
-@pytest.mark.slow
 def test_only_keys_and_values_are_gathered_over_context() -> None:
     with mesh_lib.use(chips(V6E, fsdp=1, context=4, tensor=2)) as mesh:
         segments = jax.ShapeDtypeStruct((8, 2048), jnp.int32)
@@ -88,7 +86,6 @@ def test_only_keys_and_values_are_gathered_over_context() -> None:
         assert not any(",8,128]" in shape or ",2048,8," in shape for shape in gathered), gathered
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "axes"), [(V5P, {"fsdp": 4}), (V6E, {"fsdp": 2, "context": 2, "tensor": 2})], ids=str)
 def test_a_model_trains_with_the_kernel(name: str, axes: dict[str, int]) -> None:
     model = Model.from_hf(TINY | {"head_dim": 128, "hidden_size": 256, "num_hidden_layers": 2}, "tiny")

@@ -170,7 +170,7 @@ def test_axes_are_those_of_the_mesh() -> None:
     assert split["gate"].tensors()["model.layers.1.block_sparse_moe.experts.5.w1.weight"] == (1, 5)
     odd = dataclasses.replace(PLAIN, experts=6, groups=1, top_groups=1).spec(D, BLOCK)
     eight = mesh.make(ModelKeys(ici_expert_parallelism=8))
-    with pytest.raises(UserError, match="ici_expert_parallelism=8 does not divide the 6 of axis `expert`"):
+    with pytest.raises(UserError, match="expert=8 does not divide the 6 of axis `expert`"):
         shardings(odd, eight)
 
 

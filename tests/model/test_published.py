@@ -16,7 +16,7 @@ from luthier.config import ModelKeys
 from luthier.model import families, param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
-from luthier.model.published import PUBLISHED
+from luthier.model.published import PUBLISHED, SAME, find
 from luthier.types import Batch
 
 BIG = 10**6  # numbers in one layer's tensor, more than which no device should hold whole
@@ -33,6 +33,12 @@ def model_of(name: str) -> Model:
 def test_every_family_of_a_released_model_is_here() -> None:
     missing = set(families.table()) - {published.config["model_type"] for published in PUBLISHED.values()}
     assert missing == {"ministral", "ministral3", "mistral3"}  # their kin of the same sizes are here
+
+
+def test_a_release_of_the_same_sizes_is_found_as_what_it_is_the_same_as() -> None:
+    assert not SAME.keys() & PUBLISHED.keys()
+    assert all(find(tuned) is PUBLISHED[base] for tuned, base in SAME.items())
+    assert find("nobody/knows-it") is None
 
 
 @every_model

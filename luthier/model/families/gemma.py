@@ -43,10 +43,8 @@ def read(config: Mapping[str, Any]) -> Decoder:
     """
     if config["model_type"] != "gemma3":
         return _text(Fields(_USUAL | dict(config)))
-    outer = Fields(config)
-    text = outer.text_config(("gemma3_text",), _USUAL | _TEXT)
     return _text(
-        Fields(text | {"tie_word_embeddings": outer.flag("tie_word_embeddings", True)}),
+        Fields(text_only(config)),
         prefix="language_model.model.",
         head="language_model.lm_head",
         ignored=(r"vision_tower\..*", r"multi_modal_projector\..*"),
