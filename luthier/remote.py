@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -53,19 +54,20 @@ def fetch(url: str, key: str, patterns: Sequence[str] = ("*",), *, deep: bool = 
 
     files, root = _open(url, key)
     place = local(url, "fetched")
+
+    def asked(name: str) -> bool:
+        return (deep or "/" not in name) and (not name or any(fnmatch(name, each) for each in patterns))
+
     with refusals(f"{key}={url}", UserError):
-        files.invalidate_cache()
-        found = files.find(root, maxdepth=None if deep else 1, detail=True)
-    wanted = {name[len(root) :].strip("/"): entry for name, entry in found.items()}
-    wanted = {
-        name: entry for name, entry in wanted.items() if not name or any(fnmatch(name, each) for each in patterns)
-    }
+        found = _listed(files, root, maxdepth=None if deep else 1)
+    wanted = {name: _version(entry) for name, entry in found.items() if asked(name)}
     if not wanted:
-        raise UserError(f"{key}={url}: nothing is there, or no file of a kind that is read. Check the path.")
+        kinds = ", ".join(patterns)
+        raise UserError(f"{key}={url}: nothing is there, or no file of a kind that is read ({kinds}). Check the path.")
     record = local(f"{url.rstrip('/')}.json", "records")
     record.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{record}.lock"), refusals(f"{key}={url}", UserError):  # of several processes, one copies
-        _copy_in(files, root, place, record, {name: _version(entry) for name, entry in wanted.items()})
+        _copy_in(files, root, place, record, wanted, asked)
     return place
 
 
@@ -121,8 +123,7 @@ class Mirror:
         """
         files, root = _open(self.url, "base_output_directory")
         with refusals(f"base_output_directory: {self.url}", UserError):
-            files.invalidate_cache()
-            there = {name[len(root) :].strip("/"): entry for name, entry in files.find(root, detail=True).items()}
+            there = _listed(files, root)
             if self._sent and not there:
                 raise UserError(
                     f"{self.url}: the run is gone from there, and {self.folder} still holds a copy. Remove that folder "
@@ -133,14 +134,16 @@ class Mirror:
             for step in steps:
                 self._pull_step(files, root, step, steps[step])
             self._pull_rest(files, root, there, behind)
-        if there:
-            self._remember()
+            if there:
+                self._remember()
         return any(name.split("/")[0] in ("model", "adapter", "checkpoints") for name in there)
 
     def push(self) -> None:
         """Copy out what has changed here. Raises RunError where the bucket refuses; nothing is lost here."""
         files, root = _open(self.url, "base_output_directory")
-        here = {str(path.relative_to(self.folder)): path for path in self.folder.rglob("*") if _goes(self.folder, path)}
+        # Path.rglob would raise where a folder goes while it is read.
+        found = (Path(parent, name) for parent, _, names in os.walk(self.folder) for name in names)
+        here = {str(path.relative_to(self.folder)): path for path in found if _goes(self.folder, path)}
         stats = {name: _stat(path) for name, path in here.items()}
         changed = {name: stat for name, stat in stats.items() if stat and self._sent.get(name) != stat}
         with refusals(f"{self.url}: the run could not be copied there from {self.folder}", RunError):
@@ -151,7 +154,7 @@ class Mirror:
                 sizes = {name.split("/", 2)[2]: self._sent[name][0] for name in self._sent if _step(name) == step}
                 files.pipe_file(f"{root}/checkpoints/{step}/{WHOLE}", json.dumps(sizes).encode())
             self._drop(files, root, {name for name in self._sent if not stats.get(name)})
-        self._remember()
+            self._remember()
 
     def _work(self) -> None:
         while not self._done.wait(PERIOD):
@@ -241,14 +244,25 @@ def _open(url: str, key: str) -> tuple[Any, str]:
     return files, path
 
 
-def _copy_in(files: Any, root: str, place: Path, record: Path, wanted: dict[str, Any]) -> None:
+def _listed(files: Any, root: str, maxdepth: int | None = None) -> dict[str, Any]:
+    """Return {name below ``root``: entry} of the files there, and of one file its own under the name ``""``."""
+    files.invalidate_cache()
+    found = files.find(root, maxdepth=maxdepth, detail=True)
+    # What ends in a slash is the empty file that consoles make to show a folder.
+    return {name[len(root) :].strip("/"): entry for name, entry in found.items() if not name.endswith("/")}
+
+
+def _copy_in(
+    files: Any, root: str, place: Path, record: Path, wanted: dict[str, Any], asked: Callable[[str], bool]
+) -> None:
     """Make the copy at ``place`` what is ``wanted``: {name: its version}, or one file under the name ``""``.
 
-    ``record`` says what was copied before.
+    ``record`` says what was copied before. Of that, what is not ``asked`` for was for another use, and stays.
     """
     before = json.loads(record.read_text()) if record.is_file() else {}
+    others = {name: version for name, version in before.items() if not asked(name)}
     changed = [name for name in wanted if before.get(name) != wanted[name] or not (place / name).exists()]
-    for name in before.keys() - wanted.keys():
+    for name in before.keys() - wanted.keys() - others.keys():
         (place / name).unlink(missing_ok=True)
     record.unlink(missing_ok=True)  # until all is there
     paths = [place / name if name else place for name in changed]
@@ -256,7 +270,7 @@ def _copy_in(files: Any, root: str, place: Path, record: Path, wanted: dict[str,
         path.parent.mkdir(parents=True, exist_ok=True)
     if changed:
         files.get([f"{root}/{name}" if name else root for name in changed], [str(path) for path in paths])
-    record.write_text(json.dumps(wanted))
+    record.write_text(json.dumps(others | wanted))
 
 
 def _version(entry: dict[str, Any]) -> list[Any]:

@@ -76,6 +76,7 @@ def _with_generations(handler: Any) -> Any:
     Writers of one checkpoint change its manifest at the same time, and know by the generation which of them was first
     (https://cloud.google.com/storage/docs/request-preconditions).
     """
+    from gcp_storage_emulator.exceptions import NotFound
 
     class Handler(handler):
         def generation(self) -> str | None:
@@ -110,8 +111,6 @@ def _with_generations(handler: Any) -> Any:
             if self.command == "GET" and (found := self.generation()):
                 self.send_header("x-goog-generation", found)
             super().end_headers()
-
-    from gcp_storage_emulator.exceptions import NotFound
 
     return Handler
 

@@ -14,13 +14,14 @@ from types import SimpleNamespace
 import fsspec
 import jax
 import jax.numpy as jnp
+import maxtext_models
 import numpy as np
 import pytest
 from buckets import server
 from folders import keys, random_tensors, write_folder
 
 import tiny
-from luthier import remote
+from luthier import cli, remote
 from luthier.checkpoint import folder as folders
 from luthier.checkpoint import source
 from luthier.checkpoint.state import Checkpoints
@@ -73,6 +74,32 @@ def test_what_is_fetched_is_copied_once_and_again_when_it_changes(place, monkeyp
     assert not (remote.fetch(place, "hf_path", deep=True) / "a.json").exists()
 
 
+def test_what_another_use_has_fetched_of_a_folder_stays(place):
+    for name in ("model.json", "rows.jsonl", "deep/rows.jsonl", "huge.bin"):
+        put(f"{place}/{name}", name)
+    found = Path(data_files._brought(f"{place}/*.jsonl", "hf_path")).parent
+    assert sorted(path.name for path in found.rglob("*")) == ["rows.jsonl"]
+    data_files._brought(f"{place}/**/*.jsonl", "hf_path")
+    remote.fetch(place, "load_parameters_path", ["*.json"])
+    assert sorted(path.name for path in found.rglob("*.*")) == ["model.json", "rows.jsonl", "rows.jsonl"]
+    with pytest.raises(UserError, match=r"no file of a kind that is read \(\*test\*.jsonl\)"):
+        data_files._brought(f"{place}/test*.jsonl", "hf_path")
+
+
+def test_the_empty_files_by_which_consoles_show_folders_are_no_files(bucket, place, tmp_path):
+    files, root = fsspec.url_to_fs(place)
+    if bucket.kind == "gs":
+        pytest.skip("the emulator takes no empty file")
+    for name in ("", "rows/"):
+        files.call_s3("put_object", Bucket="bucket", Key=f"{root.partition('/')[2]}/{name}", Body=b"")
+    with pytest.raises(UserError, match="nothing is there"):
+        remote.fetch(place, "hf_path", deep=True)
+    put(f"{place}/rows/a", "row")
+    assert (remote.fetch(place, "hf_path", deep=True) / "rows" / "a").read_text() == "row"
+    remote.Mirror(tmp_path / "run", place).pull()
+    assert (tmp_path / "run" / "rows" / "a").read_text() == "row"
+
+
 def test_what_is_not_there_is_named(bucket, place):
     with pytest.raises(UserError, match=rf"hf_path={place}: nothing is there"):
         remote.fetch(place, "hf_path")
@@ -112,6 +139,16 @@ def test_models_and_rows_are_read_from_a_bucket(place, tmp_path):
     for name in ("rows/train.jsonl", "rows", "rows/*.jsonl", "*/train.jsonl"):
         splits = data_files.open_splits(f"{place}/{name}")
         assert len(data_files.open_split(splits, "train", name, "train_split")) == 1
+
+
+def test_what_was_converted_for_maxtext_is_read_from_a_bucket(place, tmp_path):
+    config = maxtext_models.CONFIGS["llama2-7b"]
+    here = maxtext_models.write_model(tmp_path / "model", config, maxtext_models.tensors(config))
+    command = ["convert", f"load_parameters_path={here}", f"output_path={tmp_path / 'm'}", "output_format=maxtext"]
+    assert cli.main(command) == 0
+    fsspec.url_to_fs(place)[0].put(str(tmp_path / "m"), f"{place.partition('://')[2]}/m", recursive=True)
+    ours, theirs = source.resolve(keys(here)).tensors, source.resolve(keys(f"{place}/m")).tensors
+    assert all(np.array_equal(ours[key].read(), theirs[key].read()) for key in ours.keys() | theirs.keys())
 
 
 def write(folder, **texts):

@@ -12,6 +12,7 @@ from luthier.checkpoint import hub
 from luthier.errors import UserError
 
 _CONFIGS = ("config.json", "adapter_config.json", "model/config.json", "adapter/adapter_config.json")
+_CONVERTED = "0/items/_METADATA"  # with config.json above, what `luthier convert` writes for MaxText
 _ARRAYS = ("_METADATA", "items/_METADATA", "model_params/_METADATA", "model/_METADATA")
 
 
@@ -23,6 +24,8 @@ def bring(url: str, key: str) -> Path:
     url = url.rstrip("/")
     if url.endswith(".gguf"):
         return remote.fetch(url, key)
+    if remote.holds(url, _CONVERTED, key) and remote.holds(url, "config.json", key):
+        return remote.fetch(url, key, deep=True)
     for config in _CONFIGS:
         if remote.holds(url, config, key):
             return remote.fetch(_beside(url, config), key, [*hub.SMALL_FILES, *hub.WEIGHT_FILES])

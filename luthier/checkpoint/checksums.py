@@ -41,8 +41,9 @@ def of(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 def _parts(array: jax.Array) -> list[Any]:
     """Return the sum of each part of the array that lies here: numbers, or promises of them where parts are large."""
     own = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    if not own or math.prod(own[0].data.shape) <= _SMALL:
+    if math.prod(array.sharding.shard_shape(array.shape)) <= _SMALL:
         return [_sum(np, np.asarray(shard.data), [where.start or 0 for where in shard.index]) for shard in own]
+    # Also where no first copy lies: a program over all devices is one that every process starts.
     sums = {shard.device: shard.data for shard in _sums(array).addressable_shards}
     return [sums[shard.device] for shard in own]
 

@@ -176,6 +176,8 @@ class Checkpoints:
             seal = record.pop("seal")
         except FileNotFoundError:
             raise _Damaged("its record is missing") from None
+        except OSError as error:
+            raise _Damaged(_damage(error, path)) from None
         except (ValueError, KeyError, AttributeError):
             raise _Damaged("its record is garbled") from None
         if _sealed(record)["seal"] != seal:

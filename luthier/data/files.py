@@ -72,7 +72,8 @@ def _brought(url: str, key: str) -> str:
     while glob.has_magic(folder):
         folder, _, last = folder.rpartition("/")
         names = f"/{last}{names}"
-    return f"{remote.fetch(folder, key, deep=True)}{names}"
+    deep = names.count("/") != 1 or "**" in names
+    return f"{remote.fetch(folder, key, [f'*{Path(names).name}'], deep=deep)}{names}"
 
 
 def open_split(splits: Splits, split: str, source: str, key: str) -> Rows:

@@ -55,14 +55,8 @@ def check(config: Any) -> Path:
     found = url(config)
     if not found:
         return _check(config, progress=False)
-    refusal = ""
-    if processes.is_first():  # which alone has the copy, where machines share no folder
-        try:
-            _check(config, progress=remote.Mirror(path(config), found).pull())
-        except UserError as error:
-            refusal = str(error)
-    if refusal := processes.tell(refusal):
-        raise UserError(refusal)
+    # The first alone has the copy, where machines share no folder.
+    processes.by_first(lambda: _check(config, progress=remote.Mirror(path(config), found).pull()))
     return path(config)
 
 

@@ -77,8 +77,8 @@ def check_rows(kept: Checkpoints | None, config: SftConfig, shards: int, place: 
         return
     begun = data["batch_size"]
     if begun % shards:
-        least = next(count for count in range(shards - 1, 0, -1) if begun % count == 0)
-        remedy = f"Split rows over {least} devices (the axes data, fsdp and expert; others take the rest)"
+        fewer = next(count for count in range(shards - 1, 0, -1) if begun % count == 0)
+        remedy = f"Split rows over {fewer} devices (the axes data, fsdp and expert; others take the rest)"
     else:
         rows = next(count for count in range(min(rows, begun // shards), 0, -1) if begun // shards % count == 0)
         remedy = f"Set per_device_batch_size={rows} gradient_accumulation_steps={begun // shards // rows}"

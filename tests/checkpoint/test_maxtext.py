@@ -265,11 +265,6 @@ def counted(tree):
     tree["decoder"]["decoder_norm"]["scale"] = np.zeros((64,), np.int32)
 
 
-def another(tree):
-    tree.clear()
-    tree["other"] = np.zeros((3,), np.float32)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

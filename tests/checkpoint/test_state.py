@@ -255,6 +255,11 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, mo
         monkeypatch.setattr(checkpoints._arrays, "restore", refuse)
         with pytest.raises(RunError, match=r"c/2: cannot be read \(Permission denied\)"):
             checkpoints.restore(shape)
+        record = tmp_path / "c" / "2" / "data" / "metadata"
+        record.unlink()
+        record.mkdir()
+        with pytest.raises(RunError, match=r"metadata: cannot be read \(Is a directory\)"):
+            checkpoints.data()
     assert (tmp_path / "c" / "2").is_dir()
 
 
