@@ -70,13 +70,18 @@ def read(model: type[K], arguments: Sequence[str], environment: Mapping[str, str
 
 
 def save(config: Keys, path: Path) -> None:
-    """Write every key as resolved, as a recipe that repeats the run elsewhere too.
+    """Write every key as resolved, as a recipe that repeats the run elsewhere too."""
+    path.write_text(yaml.safe_dump(saved(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def saved(config: Keys, *, defaults: bool = True) -> dict[str, Any]:
+    """Return the keys as resolved, or those alone that are not at their ``defaults``.
 
     Secrets, which have no repr, are left out, and so is what is not saved.
     """
     fields = type(config).model_fields.items()
-    values = config.model_dump(exclude={name for name, field in fields if not (field.repr and _is_saved(field))})
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    others = {name for name, field in fields if not (field.repr and _is_saved(field))}
+    return config.model_dump(exclude=others, exclude_defaults=not defaults)
 
 
 def table(model: type[Keys]) -> dict[str, list[Row]]:

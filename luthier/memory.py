@@ -11,7 +11,6 @@ import resource
 import sys
 from pathlib import Path
 
-import jax
 import psutil
 from jax.sharding import Mesh
 
@@ -32,10 +31,10 @@ def available(mesh: Mesh) -> float | None:
 
 def _available(mesh: Mesh) -> float | None:
     """Return what there is on this process's devices."""
-    here = [each for each in mesh.devices.flat if each.process_index == jax.process_index()] or list(mesh.devices.flat)
-    if here[0].platform == "cpu":
-        return min(psutil.virtual_memory().available, _container_limit()) / len(here)
-    stats = here[0].memory_stats() or {}
+    first, *others = mesh.local_devices
+    if first.platform == "cpu":
+        return min(psutil.virtual_memory().available, _container_limit()) / (1 + len(others))
+    stats = first.memory_stats() or {}
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 

@@ -25,9 +25,9 @@ _handlers: list[Any] = []
 
 @contextlib.contextmanager
 def losses_named() -> Iterator[None]:
-    """End this process at once where the others cannot be computed with any more, saying so.
+    """End this process where the others cannot be computed with any more, saying so.
 
-    Nothing is closed on the way, since all that is being written waits for every process.
+    What is entered within is closed first; its exit handlers, which would wait for every process, are left out.
     """
     import jax
 
@@ -36,11 +36,8 @@ def losses_named() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not _handlers or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        reason = str(error).splitlines()[0]
-        _end(
-            1, f"a computation of all processes broke off: another of them has ended, and its output says why. {RESUME}"
-            f" ({reason})",
-        )  # fmt: skip
+        words = "a computation of all processes broke off: another of them has ended, and its output says why."
+        _end(1, f"{words} {RESUME} ({str(error).splitlines()[0]})")
 
 
 @contextlib.contextmanager

@@ -73,12 +73,12 @@ def start(keys: HostKeys) -> None:
 
 def is_first() -> bool:
     """Say whether this process is the one that writes files and prints, and answers for all."""
-    return jax.process_index() == 0
+    return not several() or jax.process_index() == 0
 
 
 def several() -> bool:
-    """Say whether the run has more than this process."""
-    return jax.process_count() > 1
+    """Say whether the run has more than this process; a lone one's devices are not started for the question."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def gather(value: Any) -> list[Any]:
@@ -152,9 +152,9 @@ def check_same(keys: HostKeys) -> None:
     first, *others = gather(values)
     number, other = next((number, other) for number, other in enumerate(others, 1) if other != first)
     differing = [
-        f"{name} ({first[name]!r} in process 0, {other[name]!r} in process {number})"
-        for name in first
-        if first[name] != other[name]
+        f"{name} ({first.get(name)!r} in process 0, {other.get(name)!r} in process {number})"
+        for name in first | other  # other versions may have other keys
+        if first.get(name) != other.get(name)
     ]
     raise UserError(
         f"the processes of this run were started differently: {', '.join(differing)}. "

@@ -224,6 +224,13 @@ def test_config_yml_repeats_the_run(tmp_path):
     assert again == resolved.model_copy(update={"hf_access_token": None})
 
 
+def test_neither_secrets_nor_where_a_run_is_are_saved():
+    place = ("coordinator_address=10.0.0.1:8476", "num_processes=2", "process_id=1", "hf_access_token=secret")
+    assert keys.saved(resolve(*place, "steps=5")) == keys.saved(resolve("steps=5"))
+    only = keys.saved(resolve(*place, "steps=5"), defaults=False).keys() - keys.saved(resolve(), defaults=False).keys()
+    assert only == {"steps"}
+
+
 def test_a_configuration_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         resolve().steps = 3

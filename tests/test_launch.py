@@ -202,6 +202,7 @@ def test_keys_say_where_and_who(monkeypatch: pytest.MonkeyPatch) -> None:
     ("keys", "words"),
     [
         (["coordinator_address=10.0.0.1"], "HOST:PORT"),
+        (["coordinator_address=:8476"], "HOST:PORT"),
         (["num_processes=2", "process_id=2"], "numbered from 0 to 1"),
     ],
 )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from luthier import parting, processes
-from luthier.errors import RunError
+from luthier.config.groups import HostKeys
+from luthier.errors import RunError, UserError
 from tiny import ROOT
 
 
@@ -52,8 +54,20 @@ def test_values_travel_in_few_sizes(length: int) -> None:
 
 def test_what_differs_is_named_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "gather", lambda value: [value, "other", value])
-    with pytest.raises(processes.UserError, match="the rows differ between processes: those of 1 are not process 0's"):
+    with pytest.raises(UserError, match="the rows differ between processes: those of 1 are not process 0's"):
         processes.check_alike("the rows", "one")
+
+
+def test_keys_that_other_versions_do_not_have_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(value: Any) -> list[Any]:
+        return [value, {"a_newer_key": 1}] if isinstance(value, dict) else [value, "other"]
+
+    monkeypatch.setattr(processes, "gather", gather)
+    with pytest.raises(UserError, match="started differently") as caught:
+        processes.check_same(HostKeys())
+    assert "num_processes" not in str(caught.value)
+    assert "a_newer_key (None in process 0, 1 in process 1)" in str(caught.value)
+    assert "version of jax" in str(caught.value)
 
 
 ABORTED = """
@@ -73,9 +87,26 @@ with parting.ending_together():
 """
 
 
+LOST = """
+import jax
+from luthier import parting
+parting._handlers.append(None)
+with parting.losses_named():
+    raise jax.errors.JaxRuntimeError("INTERNAL: connection closed\\nmore")
+"""
+
+
 def test_an_aborted_process_has_last_words_and_an_exit_code() -> None:
     done = subprocess.run([sys.executable, "-c", ABORTED], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "luthier: a peer has died\n")
+
+
+def test_a_computation_that_another_process_broke_off_is_told_in_a_line() -> None:
+    done = subprocess.run([sys.executable, "-c", LOST], cwd=ROOT, capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith("luthier: a computation of all processes broke off: another of them has ended")
+    assert line.endswith("goes on from the last checkpoint. (INTERNAL: connection closed)")
 
 
 @pytest.mark.parametrize("several", ["several", "alone"])

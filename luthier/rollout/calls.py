@@ -10,6 +10,7 @@ Left out on purpose: processes. What is called here waits for others more than i
 from __future__ import annotations
 
 import contextlib
+import pickle
 import queue
 import threading
 import time
@@ -44,7 +45,7 @@ class Calls:
         if self._shared and not processes.is_first():
             return
         if here:
-            self._done[key] = _call(function)
+            self._done[key] = self._call(function)
         else:
             self._waiting.append((key, function))
             self._start()
@@ -70,7 +71,19 @@ class Calls:
             threading.Thread(target=self._run, args=(key, function), daemon=True).start()
 
     def _run(self, key: Any, function: Callable[[], Any]) -> None:
-        self._back.put((key, _call(function)))
+        self._back.put((key, self._call(function)))
+
+    def _call(self, function: Callable[[], Any]) -> Outcome:
+        try:
+            value = function()
+            if self._shared:
+                pickle.dumps(value)  # what cannot be told to the other processes is its mistake, too
+            return Outcome(value)
+        except BaseException as error:
+            # Whatever a stranger's function raises is what it gives, `sys.exit` in a thread of its own included.
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            return Outcome(None, described(error))
 
     def _take_back(self, block: bool) -> None:
         """Move what has come back, or is overdue, to what is done; with ``block`` wait until something may have."""
@@ -94,13 +107,3 @@ class Calls:
 def described(error: BaseException) -> str:
     """Return an exception in words, with the line of the user's code that it came from."""
     return f"{type(error).__name__}: {error}.{functions.line_of(error)}"
-
-
-def _call(function: Callable[[], Any]) -> Outcome:
-    try:
-        return Outcome(function())
-    except BaseException as error:
-        # Whatever a stranger's function raises is what it gives, `sys.exit` in a thread of its own included.
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return Outcome(None, described(error))

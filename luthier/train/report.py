@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
+from luthier import keys
 from luthier.checkpoint import huggingface, peft
 from luthier.checkpoint.card import model_card
 from luthier.config import SftConfig
@@ -103,10 +104,10 @@ def export(job: Job, command: str, base: Base | None, trained: param.Tree, token
     adapter as PEFT does.
     """
     config, folder = job.config, result(job.tuning, place)
-    keys = config.model_dump(exclude_defaults=True, exclude={"hf_access_token"})
+    set_ = keys.saved(config, defaults=False)
     words: dict[str, Any] = {
         "chat_template": prompt_rendering(config, tokenizer).template,
-        "card": model_card(job.source, command, config.hf_path, keys),
+        "card": model_card(job.source, command, config.hf_path, set_),
     }
     if base is None or job.tuning.adapter is None:
         huggingface.save(folder, trained, job.model.spec, job.source, tokenizer, dtype=config.save_dtype, **words)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from luthier import processes
 from luthier.algorithms import policy
 from luthier.algorithms.policy import Habits
 from luthier.config import RlConfig
@@ -118,14 +117,16 @@ def reward_paths(config: RlConfig) -> Sequence[str]:
 
 
 def devices(config: RlConfig, here: Sequence[Any] | None = None) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return which of the devices ``here`` train and which sample: the same, but where the sampler works ahead.
+    """Return which of the devices ``here`` (default: all) train and which sample.
 
-    Raises UserError where the keys ask for devices that are not there.
+    They are the same, but where the sampler works ahead. Raises UserError where the keys ask for devices that are not
+    there, or for what devices of several processes cannot do.
     """
-    if here is None:
-        here = jax.local_devices()
-        if processes.several():
-            return _of_all_processes(config, len(here))
+    here = jax.devices() if here is None else here
+    own = sum(device.process_index == here[0].process_index for device in here)
+    if own < len(here):
+        _check_processes(config, own)
+        return here, here
     count = config.chips_per_vm or len(here)
     if len(here) % count:
         raise UserError(
@@ -145,16 +146,15 @@ def devices(config: RlConfig, here: Sequence[Any] | None = None) -> tuple[Sequen
     return used[:trains], used[count - samples :]
 
 
-def _of_all_processes(config: RlConfig, own: int) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return the devices of a run of several processes, each of which has ``own``."""
-    if config.chips_per_vm not in (None, 0, own):
+def _check_processes(config: RlConfig, own: int) -> None:
+    """Raise UserError for keys that a run of several processes, of ``own`` devices each, does not have."""
+    if config.chips_per_vm not in (0, own):
         raise UserError(f"chips_per_vm={config.chips_per_vm}: a run of several processes uses all {own} of each.")
     if config.max_staleness:
         raise UserError(
             f"max_staleness={config.max_staleness}: of several processes all sample and train by turns. "
             "Set max_staleness=0, or run one process."
         )
-    return jax.devices(), jax.devices()
 
 
 def _correction(config: RlConfig, settings: dict[str, Any], dtype: Any) -> str:

@@ -92,10 +92,11 @@ def of(keys: SftConfig | RlConfig, model: Model, weight_dtype: Any, dtype: Any) 
     """
     if not keys.enable_lora:
         return Tuning(model, weight_dtype=weight_dtype, dtype=dtype)
-    adapter = _adapter(keys)
+    folder = path(keys)
+    adapter = _adapter(keys, folder)
     tuning = Tuning(model, adapter, keys.quantization, weight_dtype, dtype)
     spec = tuning.spec  # raises where nothing, or what cannot be, is to be adapted
-    if folder := path(keys):
+    if folder is not None:
         peft.check(peft.read_tensors(folder), spec, folder)
     return tuning
 
@@ -108,8 +109,8 @@ def path(keys: SftConfig | RlConfig) -> Path | None:
     return adapter_folder(keys.lora_path, "lora_path", keys.hf_access_token) if keys.lora_path else None
 
 
-def _adapter(keys: SftConfig | RlConfig) -> Adapter:
-    if folder := path(keys):
+def _adapter(keys: SftConfig | RlConfig, folder: Path | None) -> Adapter:
+    if folder is not None:
         return replace(peft.read_config(folder), dropout=keys.lora_dropout)
     return Adapter(
         rank=keys.lora_rank,

@@ -439,3 +439,14 @@ def test_calls_are_so_many_at_a_time():
     assert sorted(done) == list(range(10))
     assert most == 3
     assert calls.collect(wait=True) == []
+
+
+def test_what_the_other_processes_cannot_be_told_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.processes.several", lambda: True)
+    calls = Calls(workers=1, seconds=10, shared=True)
+    calls.submit(0, lambda: (token for token in (1, 2)), here=True)
+    calls.submit(1, lambda: [1, 2], here=False)
+    found = dict(calls.collect(wait=True))
+    found |= dict(calls.collect(wait=True)) if len(found) < 2 else {}
+    assert "cannot pickle 'generator' object" in (found[0].error or "")
+    assert found[1] == ([1, 2], None)

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.multiprocess
 STEPS = 6
 TOLERANCE = 1e-5
 TIMES = ("seconds", "tokens_per_second")
-PARTS = ("fsdp", "data", "tensor", "tensor-fsdp")
 AXES = {
     "fsdp": (),
     "data": ("ici_data_parallelism=2", "ici_fsdp_parallelism=2"),
@@ -112,11 +111,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_rows:
     return folder
 
 
+FURTHER = [(2, "data"), (2, "tensor"), (2, "tensor-fsdp"), (4, "fsdp"), (4, "data"), (4, "tensor")]
+
+
 @pytest.mark.parametrize(
-    ("count", "axes"),
-    [(2, "fsdp"), *(pytest.param(*case, marks=pytest.mark.slow) for case in
-     [(2, "data"), (2, "tensor"), (2, "tensor-fsdp"), (4, "fsdp"), (4, "data"), (4, "tensor")])],
-)  # fmt: skip
+    ("count", "axes"), [(2, "fsdp"), *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER)]
+)
 def test_several_processes_train_as_one_does(
     alone: Path, tmp_path: Path, tiny_model: Path, tiny_rows: Path, count: int, axes: str
 ) -> None:
@@ -276,9 +276,12 @@ def same_completions(one: Path, other: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "axes"),
-    [(2, "fsdp"), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [(2, "data"), (4, "fsdp")]),
-     (2, "tensor")],
-)  # fmt: skip
+    [
+        (2, "fsdp"),
+        (2, "tensor"),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [(2, "data"), (4, "fsdp")]),
+    ],
+)
 def test_several_processes_sample_and_learn_as_one_does(
     rl_alone: Path, tmp_path: Path, tiny_model: Path, questions: Path, count: int, axes: str
 ) -> None:
@@ -298,10 +301,8 @@ def test_several_processes_sample_and_learn_as_one_does(
 def test_what_only_one_process_can_know_is_told_to_all(tmp_path: Path, tiny_model: Path, questions: Path) -> None:
     """An environment and a reward that answer by chance: processes that asked for themselves would part ways."""
     here = test_rl.HERE / "rl_rewards.py"
-    keys = rl(
-        tmp_path, tiny_model, questions, f"environment={here}:Whim", "max_turns=3", "steps=2",
-        reward_functions=test_rl.reward("chance"),
-    )  # fmt: skip
+    played = (f"environment={here}:Whim", "max_turns=3", "steps=2")
+    keys = rl(tmp_path, tiny_model, questions, *played, reward_functions=test_rl.reward("chance"))
     Run("rl", keys, tmp_path / "logs", count=2).done()
     rows = test_rl.completions(tmp_path, 1) + test_rl.completions(tmp_path, 2)
     assert {row["turns"] for row in rows} >= {1, 2}

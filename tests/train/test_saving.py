@@ -85,12 +85,12 @@ def losses(place: Path) -> np.ndarray:
     return np.array([row["loss"] for row in map(json.loads, lines) if "loss" in row])
 
 
+ACCUMULATED = ("per_device_batch_size=1", "gradient_accumulation_steps=4")
 PARTS = (
     (1, ("steps=2", "per_device_batch_size=8")),
     (8, ("steps=4", "ici_fsdp_parallelism=4", "ici_tensor_parallelism=2", "per_device_batch_size=2")),
-    (2, ("steps=6", "ici_data_parallelism=2", "ici_fsdp_parallelism=1", "per_device_batch_size=1",
-         "gradient_accumulation_steps=4")),
-)  # fmt: skip
+    (2, ("steps=6", "ici_data_parallelism=2", "ici_fsdp_parallelism=1", *ACCUMULATED)),
+)
 
 
 @pytest.mark.slow
