@@ -23,13 +23,13 @@ GIB = 2**30
 LLAMA = ("model_name=llama3.1-8b", "max_target_length=4096")
 SMALL = ("per_device_batch_size=1", "remat_policy=full")
 FULL = ("per_device_batch_size=4", "remat_policy=full")
-RUNS = {
-    "Llama 3.1 8B, all weights": ("sft", "topology=v5p-8", *LLAMA),
-    "Llama 3.1 8B, all weights ": ("sft", "topology=v6e-8", *LLAMA, *SMALL),
-    "Llama 3.1 8B, LoRA": ("sft", "topology=v6e-8", *LLAMA, "enable_lora=true", *FULL),
-    "Llama 3.1 8B, QLoRA": ("sft", "topology=v6e-8", *LLAMA, "enable_lora=true", "quantization=nf4", *FULL),
-    "Gemma 3 4B, GRPO": ("rl", "topology=v6e-8", "model_name=gemma3-4b"),
-}
+RUNS = [
+    ("Llama 3.1 8B, all weights", ("sft", "topology=v5p-8", *LLAMA)),
+    ("Llama 3.1 8B, all weights", ("sft", "topology=v6e-8", *LLAMA, *SMALL)),
+    ("Llama 3.1 8B, LoRA", ("sft", "topology=v6e-8", *LLAMA, "enable_lora=true", *FULL)),
+    ("Llama 3.1 8B, QLoRA", ("sft", "topology=v6e-8", *LLAMA, "enable_lora=true", "quantization=nf4", *FULL)),
+    ("Gemma 3 4B, GRPO", ("rl", "topology=v6e-8", "model_name=gemma3-4b")),
+]
 
 
 def main() -> None:
@@ -40,8 +40,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.json or Path(temporary)
         folder.mkdir(exist_ok=True)
-        found = {name: planned(words, folder / f"{number}.json") for number, (name, words) in enumerate(RUNS.items())}
-    for name, figures in found.items():
+        found = [planned(words, folder / f"{number}.json") for number, (_, words) in enumerate(RUNS)]
+    for (name, _), figures in zip(RUNS, found, strict=True):
         kernels = {kernel for program in figures["programs"].values() for kernel in program["kernels"]}
         if not figures["fits"] or not any(kernel.startswith("splash") for kernel in kernels):
             sys.exit(f"{name}: fits: {figures['fits']}, kernels: {sorted(kernels)}")
@@ -62,17 +62,17 @@ def planned(words: tuple[str, ...], path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def rows(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the table's lines."""
+def rows(found: list[dict[str, Any]]) -> list[str]:
+    """Return the table's lines, given the figures of each run."""
     lines = [
         "| run | machine | settings | memory of a device, GiB | a step at least, s | tokens/s at most | MFU at most |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, figures in found.items():
-        own = [word for word in RUNS[name][2:] if not word.startswith(("model_name", "max_target_length"))]
+    for (name, words), figures in zip(RUNS, found, strict=True):
+        own = [word for word in words[2:] if not word.startswith(("model_name", "max_target_length"))]
         memory = figures["memory"]
         lines.append(
-            f"| {name.strip()} | {figures['topology']} | {'`' + ' '.join(own) + '`' if own else 'as they are'} "
+            f"| {name} | {figures['topology']} | {'`' + ' '.join(own) + '`' if own else 'as they are'} "
             f"| {memory['needed'] / GIB:.1f} of {memory['limit'] / GIB:.1f} | {figures['seconds_at_least']:.2f} to "
             f"{figures['seconds_without_overlap']:.2f} | {figures['tokens_per_second_at_most']:,.0f} "
             f"| {figures['mfu_at_most']:.0%} |"

@@ -135,16 +135,21 @@ _linear_scores.defvjp(_linear_scores_forward, _linear_scores_backward)
 
 
 class _Axes(NamedTuple):
-    """The mesh axes that tokens and vocabulary are split over inside ``shard_map``; empty where they are whole."""
+    """The mesh axes that tokens and vocabulary are split over inside ``shard_map``; empty where they are whole.
+
+    ``embed`` are those of ``tokens`` that the head's columns, and so its gradient's, are split over outside.
+    """
 
     tokens: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
 
 
 def _over_mesh(local: Any, how: _How, hidden_BTD: jax.Array, head_VD: jax.Array, *arrays_BT: Any) -> Any:
     """Run ``local(axes, how, ...)`` on each device's tokens and part of the vocabulary.
 
-    The gradient of the head is then summed over a device's chunks first and over devices once, at the end.
+    The gradient of the head is then summed over a device's chunks first and over devices once, at the end, where each
+    gets the columns that it keeps.
     """
     mesh = mesh_lib.current()
     if mesh is None or mesh.size == 1:
@@ -153,13 +158,17 @@ def _over_mesh(local: Any, how: _How, hidden_BTD: jax.Array, head_VD: jax.Array,
     time = (zigzag.AXIS,) if zigzag.ways() > 1 else ()
     vocab = ("tensor",) if head_VD.shape[0] % mesh.shape["tensor"] == 0 else ()
     by_token, by_word = P(batch or None, time or None), P(vocab or None)
+    (columns,) = mesh_lib.partition(("embed",), head_VD.shape[1:], mesh)
+    columns = (columns,) if isinstance(columns, str) else columns or ()
+    embed = columns if set(columns) <= {*batch, *time} else ()
+    gradient = P(vocab or None, embed or None)
     outputs = {
         _local_scores: by_token,
-        _local_gradients: (by_token, by_word),
-        _local_linear: (by_token, by_token, by_token, by_word),
+        _local_gradients: (by_token, gradient),
+        _local_linear: (by_token, by_token, by_token, gradient),
     }[local]
     return jax.shard_map(
-        functools.partial(local, _Axes((*batch, *time), vocab), how),
+        functools.partial(local, _Axes((*batch, *time), vocab, embed), how),
         mesh=mesh,
         in_specs=(by_token, by_word, *[by_token] * len(arrays_BT)),
         out_specs=outputs,
@@ -201,7 +210,7 @@ def _local_gradients(
     start = jnp.zeros(head_VD.shape, jnp.float32)
     arrays = (hidden_BTD, targets_BT, lse_BT, dlogp_BT, entropy_BT, dentropy_BT)
     dhead_VD, dhidden_BTD = _over_chunks(chunk, start, head_VD.shape[0], *arrays)
-    return dhidden_BTD, _sum_over(axes.tokens, dhead_VD).astype(head_VD.dtype)
+    return dhidden_BTD, _sum_over_tokens(axes, dhead_VD).astype(head_VD.dtype)
 
 
 def _local_linear(axes: _Axes, how: _How, hidden_BTD: Any, head_VD: Any, targets_BT: Any, cotangent_BT: Any) -> Any:
@@ -220,7 +229,7 @@ def _local_linear(axes: _Axes, how: _How, hidden_BTD: Any, head_VD: Any, targets
     start = jnp.zeros(head_VD.shape, jnp.float32)
     arrays = (hidden_BTD, targets_BT, cotangent_BT)
     dhead_VD, (logp_BT, correct_BT, dhidden_BTD) = _over_chunks(chunk, start, head_VD.shape[0], *arrays)
-    return logp_BT, correct_BT, dhidden_BTD, _sum_over(axes.tokens, dhead_VD).astype(head_VD.dtype)
+    return logp_BT, correct_BT, dhidden_BTD, _sum_over_tokens(axes, dhead_VD).astype(head_VD.dtype)
 
 
 def _logits(how: _How, head: jax.Array, hidden_MD: jax.Array) -> jax.Array:
@@ -291,6 +300,13 @@ def _first_token(axes: _Axes, logits_VM: jax.Array) -> Any:
 
 def _sum_over(names: tuple[str, ...], x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, names) if names else x
+
+
+def _sum_over_tokens(axes: _Axes, dhead_VD: jax.Array) -> jax.Array:
+    """Return the columns that a device keeps of the head's gradient: cut before they go over any further axis."""
+    if axes.embed:
+        dhead_VD = jax.lax.psum_scatter(dhead_VD, axes.embed, scatter_dimension=1, tiled=True)
+    return _sum_over(tuple(name for name in axes.tokens if name not in axes.embed), dhead_VD)
 
 
 def _over_chunks(step: Any, carry: Any, vocab: int, *arrays: Any) -> tuple[Any, Any]:

@@ -31,9 +31,10 @@ def source(keys: SourceKeys) -> Source:
     """
     name = keys.model_name or keys.load_parameters_path
     started = "" if keys.load_parameters_path == "random" else keys.load_parameters_path
+    here = any(place and Path(place).exists() for place in (name, started))
     hub_id = maxtext_names.HUB_IDS.get(name, name)
     known = published.find(hub_id)
-    if known is not None and not Path(name).exists() and not Path(started or "/nowhere").exists():
+    if known is not None and not here:
         return Source("random", hub_id, Path(), known.config)
     try:
         found = source_lib.resolve(keys)

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from luthier.model import cost, param
-from luthier.plan import expected
+from luthier.plan import expected, traffic
 from luthier.plan.roofline import Work
 from luthier.plan.stages import TEMPORARY, Held, Stage
 from luthier.train import memory
@@ -36,14 +36,11 @@ def training(
     whole = plan.total(job.config.per_device_batch_size) + sum(held.beside.values())
     parts = {**known, TEMPORARY: max(whole - sum(known.values()), 0.0)}
     found = expected.expected(job, length, micro_batches)
-    network = sum(each.bytes for each in found if any(_leaves_slice(job, axis) for axis in each.axes))
+    between = traffic.over_slices(job.mesh)
+    network = sum(each.bytes for each in found if not set(between).isdisjoint(each.axes))
     inside = sum(each.bytes for each in found) - network
     work = Work(*flops, _moved(job, held, length, micro_batches), inside, network)
     return Stage(name, parts, work, runs, reckoned=True)
-
-
-def _leaves_slice(job: Job[Any], axis: str) -> bool:
-    return getattr(job.config, f"dcn_{axis}_parallelism") != 1
 
 
 def _moved(job: Job[Any], held: Held, length: int, micro_batches: int) -> float:

@@ -5,7 +5,8 @@ backward pass uses them; gradients of what every device has a part of are added 
 computes in parts is added up, and rows that stand on one device while the embedding's columns stand on another are
 exchanged. A compiled program that sends more does something that nobody asked for; a test holds it against this.
 
-Left out on purpose: losses and norms, a few numbers; and what experts exchange beyond their tokens.
+Left out on purpose: losses and norms, a few numbers; the keys and values that a ``context`` axis exchanges, and the
+tokens that experts do.
 """
 
 from __future__ import annotations
@@ -47,14 +48,6 @@ def expected(job: Job[Any], length: int, micro_batches: int = 1) -> list[Sent]:
     ]
 
 
-def by_axis(found: list[Sent]) -> dict[tuple[str, ...], float]:
-    """Return {axes: bytes}."""
-    totals: dict[tuple[str, ...], float] = {}
-    for each in found:
-        totals[each.axes] = totals.get(each.axes, 0.0) + each.bytes
-    return totals
-
-
 def _weights(job: Job[Any]) -> Iterator[Sent]:
     """Yield the gathering of what is multiplied with: forward, and backward twice, or with all computed again thrice.
 
@@ -63,7 +56,7 @@ def _weights(job: Job[Any]) -> Iterator[Sent]:
     itemsize = jnp.dtype(job.compute.dtype).itemsize
     kinds = quant.plan(job.model.spec, job.tuning.quantization)
     for path, weight in param.leaves(job.model.spec).items():
-        if len(weight.slice_shape) < 2 or (path == "embed" and "head" in job.model.spec):
+        if len(weight.slice_shape) < 2 or _only_looked_up(job, path):
             continue
         axes, whole, _ = _split(weight, job.mesh)
         uses = 1 if path in ("embed", "head") else 1 + LEAST[job.compute.remat]
@@ -72,11 +65,15 @@ def _weights(job: Job[Any]) -> Iterator[Sent]:
 
 
 def _gradients(job: Job[Any]) -> Iterator[Sent]:
-    """Yield the adding up, in fp32, of the gradients of what is trained."""
+    """Yield the adding up, in fp32, of the gradients of what is trained.
+
+    That of an embedding which is only looked up is each device's own: what it is made of was exchanged.
+    """
     mesh = job.mesh
-    for weight in param.leaves(job.tuning.spec).values():
+    for path, weight in param.leaves(job.tuning.spec).items():
         axes, whole, own = _split(weight, mesh)
-        yield Sent("gradients", axes, _gathered(4.0 * whole, axes, mesh))
+        if not _only_looked_up(job, path):
+            yield Sent("gradients", axes, _gathered(4.0 * whole, axes, mesh))
         others = tuple(
             axis for axis in (*mesh_lib.BATCH_AXES, "context") if mesh.shape.get(axis, 1) > 1 and axis not in own
         )
@@ -95,6 +92,10 @@ def _activations(job: Job[Any], length: int) -> Iterator[Sent]:
     yield Sent("activations", tensor, 2 * _gathered(sums * stream + 2 * head, tensor, mesh))
     axes, _, _ = _split(param.leaves(job.model.spec)["embed"], mesh)
     yield Sent("embeddings", axes, 3 * _gathered(tokens * config.hidden_size * 4.0, axes, mesh))
+
+
+def _only_looked_up(job: Job[Any], path: str) -> bool:
+    return path == "embed" and "head" in job.model.spec
 
 
 def _split(weight: Param, mesh: Mesh) -> tuple[tuple[str, ...], float, tuple[str, ...]]:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "bf16": 16, "f16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -183,9 +182,9 @@ def _closing(text: str) -> int:
 
 
 def _bits(kind: str) -> int:
-    if kind in BITS:
-        return BITS[kind]
-    found = re.match(r"[a-z]+(\d+)", kind)  # f32, s8, u16, f8e4m3fn; tokens take nothing
+    if kind == "pred":
+        return 8
+    found = re.match(r"[a-z]+(\d+)", kind)  # f32, bf16, s4, u16, c64, f8e4m3fn; tokens take nothing
     return int(found[1]) if found else 0
 
 

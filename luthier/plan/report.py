@@ -114,7 +114,6 @@ class Plan:
     def _figures(self, stage: Stage) -> dict[str, Any]:
         found: dict[str, Any] = {"memory": dict(stage.parts), "runs": stage.runs, "kernels": list(stage.kernels)}
         if stage.work is not None:
-            times = self.times(stage)
             found |= {
                 "flops": stage.work.flops,
                 "useful_flops": stage.work.useful,
@@ -122,9 +121,8 @@ class Plan:
                 "sent": stage.work.exchanged,
                 "sent_over_network": stage.work.network,
                 "collectives": collectives(self, stage),
-                "seconds": {"compute": times.compute, "memory": times.memory, "links": times.exchange,
-                            "network": times.network},
-            }  # fmt: skip
+                "seconds": self.times(stage).by_name,
+            }
         return found
 
 

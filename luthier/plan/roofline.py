@@ -61,10 +61,14 @@ class Times:
         return max(self.compute, self.memory) + self.exchange + self.network
 
     @property
+    def by_name(self) -> dict[str, float]:
+        """The seconds of each resource, under the name that users read."""
+        return {"compute": self.compute, "memory": self.memory, "links": self.exchange, "network": self.network}
+
+    @property
     def slowest(self) -> str:
         """The name of the slowest resource."""
-        words = {"compute": self.compute, "memory": self.memory, "links": self.exchange, "network": self.network}
-        return max(words, key=words.__getitem__)
+        return max(self.by_name, key=self.by_name.__getitem__)
 
 
 def times(work: Work, machine: Topology) -> Times:

@@ -95,7 +95,8 @@ def _free(config: SftPlan | RlPlan) -> Iterator[dict[str, Any]]:
         rows //= least
         yield _smaller(config, rows)
     if isinstance(config, RlPlan):
-        most = config.prompts_per_step * config.num_generations
+        completions = config.prompts_per_step * config.num_generations
+        most = min(config.max_num_seqs or completions, completions)
         yield from ({"max_num_seqs": most // share} for share in (2, 4) if most >= share)
 
 

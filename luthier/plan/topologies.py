@@ -132,7 +132,7 @@ class Topology:
     def host(self) -> tuple[int, ...]:
         """The chips of a host, as they stand."""
         if self.chip.platform != "tpu":
-            return (min(self.chips, GPUS_OF_A_HOST),)
+            return (min(math.prod(self.shape), GPUS_OF_A_HOST),)
         if len(self.shape) == 2:
             return self.shape if math.prod(self.shape) <= 8 else (2, 2)
         return (2, 2, 1)
@@ -141,7 +141,7 @@ class Topology:
     def exchange(self) -> float:
         """The bytes/s that the chip with the fewest links sends to its neighbours, over all of them at once."""
         if self.chip.platform == "gpu":
-            return self.chip.link if self.chips <= GPUS_OF_A_HOST else self.chip.network
+            return self.chip.link if math.prod(self.shape) <= GPUS_OF_A_HOST else self.chip.network
         return self.chip.link * sum(self._links(size) for size in self.shape)
 
     def _links(self, size: int) -> int:

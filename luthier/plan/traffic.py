@@ -57,7 +57,7 @@ class Collective:
     def axes(self, mesh: Mesh) -> tuple[str, ...]:
         """Return the axes of ``mesh`` that it runs over: those along which its group, or the slices, extend."""
         if self.slices > 1:
-            return _over_slices(mesh)
+            return over_slices(mesh)
         places = np.array(np.unravel_index(np.array(self.group), mesh.devices.shape))
         return tuple(name for name, along in zip(mesh.axis_names, places, strict=True) if len(set(along)) > 1)
 
@@ -80,6 +80,14 @@ def by_axes(found: Iterable[Collective], mesh: Mesh) -> dict[tuple[str, tuple[st
         key = each.kind, each.axes(mesh)
         totals[key] = totals.get(key, 0.0) + each.total
     return totals
+
+
+def over_slices(mesh: Mesh) -> tuple[str, ...]:
+    """Return the axes along which a mesh's devices are of other slices."""
+    slices = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0)(mesh.devices)
+    return tuple(
+        name for dimension, name in enumerate(mesh.axis_names) if (slices != np.take(slices, [0], axis=dimension)).any()
+    )
 
 
 def _of(program: Program, computation: Computation, instruction: Instruction, times: int) -> Iterator[Collective]:
@@ -127,14 +135,6 @@ def _counted_slices(listed: str) -> int:
     """Return how many slices ``1,2`` or ``0:3`` names: the last of a range is one of them."""
     ends = [list(map(int, part.split(":"))) for part in listed.split(",")]
     return sum(part[-1] - part[0] + 1 for part in ends)
-
-
-def _over_slices(mesh: Mesh) -> tuple[str, ...]:
-    """Return the axes along which a mesh's devices are of other slices."""
-    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-    return tuple(
-        name for dimension, name in enumerate(mesh.axis_names) if (slices != np.take(slices, [0], axis=dimension)).any()
-    )
 
 
 def _group(program: Program, instruction: Instruction) -> tuple[int, ...]:

@@ -24,7 +24,8 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 LENGTH = 128
-MORE = 1.05  # sums that go over two axes at once, scalars, norms
+MORE = 1.05  # scalars, norms, and what `expected` leaves out
+LESS = 0.9  # the head's gradient is cut even here
 PODS = [{"fsdp": 64}, {"data": 8, "fsdp": 8}]
 LARGER = [{"data": 8, "fsdp": 4, "context": 2}, {"data": 2, "fsdp": 32}]
 
@@ -51,11 +52,17 @@ def per_axis(devices: Any, settings: list[str]) -> dict[str, list[float]]:
         job = job_lib.prepare(config, source, Model.from_hf(LLAMA, "x"), mesh)
         program = job_lib.trace_training(job, sft).lower().compile()
     found, should = traffic.collectives(program), expected.expected(job, LENGTH)
-    twice = 2.0  # a CPU, and a TPU where arrays are as small as here, does not cut a sum: each device gets all of it
+    # A CPU, and a TPU where arrays are as small as here, does not cut a sum: each device gets all of it. What goes over
+    # `data` is not cut.
+    twice = 2.0
     return {
         axis: [
             sum(each.total for each in found if axis in each.axes(mesh)),
-            sum(each.bytes * (twice if each.what == "gradients" else 1.0) for each in should if axis in each.axes),
+            sum(
+                each.bytes * (twice if each.what == "gradients" and "data" not in each.axes else 1.0)
+                for each in should
+                if axis in each.axes
+            ),
         ]
         for axis, size in mesh.shape.items()
         if size > 1
@@ -63,7 +70,7 @@ def per_axis(devices: Any, settings: list[str]) -> dict[str, list[float]]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("pods", [PODS, pytest.param(LARGER, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("pods", [PODS, LARGER])
 def test_a_pod_of_eight_hosts_sends_no_more_than_it_should(pods: list[dict[str, int]]) -> None:
     """64 devices are simulated in a process of their own: 8 hosts with 8 each."""
     flags = "--xla_force_host_platform_device_count=64"
@@ -75,7 +82,7 @@ def test_a_pod_of_eight_hosts_sends_no_more_than_it_should(pods: list[dict[str, 
         assert set(axes) == set(pod)
         for axis, (sent, should) in axes.items():
             assert sent <= MORE * should, f"{pod}: over {axis}, {sent:.0f} bytes are sent and {should:.0f} should be"
-            assert sent > 0.3 * should, f"{pod}: over {axis}, only {sent:.0f} of {should:.0f} bytes: is all counted?"
+            assert sent > LESS * should, f"{pod}: over {axis}, only {sent:.0f} of {should:.0f} bytes: is all counted?"
 
 
 @pytest.mark.slow
@@ -101,7 +108,7 @@ def test_what_axes_should_send_follows_from_the_weights() -> None:
     layers = LLAMA["num_hidden_layers"] * (4 * 256 * 256 + 3 * 256 * 512)
     table = 512 * 256
     gathered = 2 * layers + table  # forward and backward, and the head once
-    gradients = 2 * (layers + 2 * table)
+    gradients = 2 * (layers + table)
     whole = 4 * (gathered + gradients) * 7 / 8
     norms, exchanged = 5 * 256 * 4 * 4, 3 * LENGTH * 256 * 4
     assert math.isclose(should, whole, abs_tol=norms + exchanged)

@@ -93,6 +93,19 @@ def test_accumulating_sends_weights_again_for_each_micro_batch():
     assert twice.useful == pytest.approx(2 * once.useful)
 
 
+def test_what_leaves_a_slice_goes_over_the_network():
+    one = of_h100().work
+    copies, split = (of_h100("topology_num_slices=2", *more).work for more in (["dcn_data_parallelism=2"], []))
+    assert one is not None
+    assert copies is not None
+    assert split is not None
+    assert one.network == 0
+    assert copies.exchanged == pytest.approx(one.exchanged, rel=1e-3)  # norms go over both
+    assert 0 < copies.network < 0.2 * copies.exchanged  # gradients, of which a device has an eighth
+    assert split.exchanged == 0
+    assert split.network > one.exchanged
+
+
 def test_reinforcement_learning_has_engine_and_trainer_on_the_same_chips():
     plan = planned("rl", "topology=gpu-h200-8", "model_name=gemma3-4b", "beta=0.01")
     parts = {stage.name: stage.parts for stage in plan.stages}

@@ -67,6 +67,8 @@ def test_a_chip_sends_over_the_links_that_it_has_there(name, links):
 
 def test_slices_and_hosts_of_gpus_are_joined_by_the_network():
     assert topologies.find("v6e-8", 2).chips == 16
+    assert topologies.find("gpu-h200-8", 2).exchange == topologies.find("gpu-h200-8").exchange
+    assert [device.process_index for device in topologies.find("gpu-h200-4", 2).devices()] == [0] * 4 + [1] * 4
     two_hosts = topologies.find("gpu-h200-16")
     assert two_hosts.exchange == two_hosts.chip.network
     assert [device.process_index for device in two_hosts.devices()] == [0] * 8 + [1] * 8
