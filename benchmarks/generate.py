@@ -5,7 +5,8 @@
 Each case is some prompts and some samples of each. All sides get the same prompts, which are new in every round, so
 that nobody finds them in a cache, and draw as many tokens from the whole softmax, whatever token comes. Processes stay
 alive, loaded and compiled; in each round one works while the other waits, and their order is turned over every round.
-The ratio is taken round by round, and its median is the result.
+The ratio is taken round by round, and its median is the result. With `--engine vllm`, Luthier samples with a server of
+its own (`rollout_engine=vllm`): against the peer `vllm`, that is what asking it over HTTP takes.
 
 In every turn one more call draws a single token: that is the time of reading the prompts, and what remains is decoding.
 A step of decoding has to read all weights once, so memory bandwidth over their bytes is its limit; the share of that
@@ -65,6 +66,7 @@ def read_options() -> argparse.Namespace:
         default="vllm:bfloat16,transformers:bfloat16,transformers:float32",
         help="pairs of a peer (vllm, transformers, or none: Luthier alone) and the dtype that both sides compute in",
     )
+    add("--engine", default="local", choices=("local", "vllm"), help="what Luthier samples with")
     add("--vllm-python", default=sys.executable, help="the interpreter of the environment that has vLLM")
     add("--transformers-python", default=sys.executable, help="the one that has Transformers and torch")
     add("--cases", default="1x1,8x1,32x1,1x8,4x8", help="prompts x samples of each")
@@ -106,8 +108,10 @@ def start(options: argparse.Namespace, folder: Path, side: str, dtype: str) -> W
         "model": str(folder / "model"),
         "dtype": dtype,
         "length": options.prompt + options.new,
+        "prompt": options.prompt,
         "rows": max(prompts * samples for prompts, samples in cases(options)),
         "temperature": options.temperature,
+        "engine": {"rollout_engine": "vllm", "vllm_python": options.vllm_python} if options.engine == "vllm" else {},
     }
     (output / "plan.json").write_text(json.dumps(plan))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LUTHIER_")}

@@ -1,4 +1,4 @@
-"""Luthier's side of `generate.py`: the embedded engine, opened as the commands open it.
+"""Luthier's side of `generate.py`: the embedded engine or a vLLM server of its own, opened as the commands open them.
 
 It also measures what bounds decoding: the bytes of weights that a step reads, and how fast this machine reads memory.
 """
@@ -10,6 +10,7 @@ from luthier import runtime
 if __name__ == "__main__":
     runtime.tune_allocator()  # as the command does, and as early
 
+import contextlib
 import json
 import sys
 import time
@@ -22,7 +23,8 @@ from turns import Turns
 
 from luthier import config, mesh
 from luthier.rollout import opened
-from luthier.rollout.engine import Request, Sampling
+from luthier.rollout.chosen import Chosen
+from luthier.rollout.engine import Engine, Request, Sampling
 from luthier.rollout.local import LocalEngine
 from luthier.rollout.opened import Opened
 
@@ -74,19 +76,21 @@ def main() -> None:
         "max_num_seqs": plan["rows"],
         "max_new_tokens": plan["length"] - 1,
         "prompt": "given as tokens",
+        **plan["engine"],
     }
     resolved = config.resolve("generate", [f"{key}={value}" for key, value in keys.items()], {})
-    model = opened.open_model(resolved)
-    with mesh.use(model.mesh):
+    with Chosen(resolved, print) as chosen, contextlib.ExitStack() as stack:
+        model = opened.open_model(resolved, lambda source, words: chosen.look(source, words, [[0] * plan["prompt"]]))
+        stack.enter_context(mesh.use(model.mesh))
         turns.facts |= facts(model)
-        context = model.context_length
-        engine = LocalEngine(model.model, model.params, model.compute, model.mesh, resolved, context_length=context)
-        engine.reserve()
+        engine = chosen.open(model)
+        if isinstance(engine, LocalEngine):
+            engine.reserve()
         while True:
             generate(engine, plan, turns.before_step())
 
 
-def generate(engine: LocalEngine, plan: dict[str, Any], job: dict[str, Any]) -> None:
+def generate(engine: Engine, plan: dict[str, Any], job: dict[str, Any]) -> None:
     sampling = Sampling(temperature=plan["temperature"], max_new_tokens=job["new"])
     completions = list(engine.generate([Request(prompt, job["samples"], sampling) for prompt in job["prompts"]]))
     lengths = [len(completion.tokens_T) for completion in completions]

@@ -9,8 +9,11 @@ The ratio is taken round by round, and its median is the result. A case is a len
 more it is worth to read one once for its group, in sampling and in training.
 
 TRL is met as it is by default (`default`: gradient checkpointing, 8 completions at a time) and as it is fastest here
-(a number: no checkpointing, so many completions at a time). Left out on purpose: starting up and compiling
-(`startup.py`), and how fast anything learns, which is the same for the same update.
+(a number: no checkpointing, so many completions at a time). With `--engine vllm`, Luthier samples with a vLLM server of
+its own, and the seconds are told that a GB of new weights takes to get there (`sync.py` looks closer).
+
+Left out on purpose: starting up and compiling (`startup.py`), and how fast anything learns, which is the same for the
+same update.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from sft import GIB, hardware, listed, pairs
 from turns import Worker
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("sampling", "reward", "training")
+PARTS = ("sampling", "reward", "training", "sync")
+GB = 1e9
 FRAME = 5
 """Tokens that the chat template puts around a question."""
 Turn = dict[str, Any]
@@ -60,6 +64,8 @@ def read_options() -> argparse.Namespace:
     add("--peer-settings", default="default,32", help="of TRL: default, or completions at a time; empty: Luthier alone")
     add("--peer-python", default=sys.executable, help="the interpreter of the environment that has TRL")
     add("--peer-only", action="store_true", help="without Luthier, to find the settings that are fastest")
+    add("--engine", default="local", choices=("local", "vllm"), help="what Luthier samples with")
+    add("--vllm-python", default=sys.executable, help="the interpreter of the environment that has vLLM")
     add("--prompts", type=int, default=4, help="prompts in a step")
     add("--samples", type=int, default=8, help="completions of each")
     add("--prompt", default="64,400", help="tokens of a prompt: a case each")
@@ -128,6 +134,7 @@ def start(options: argparse.Namespace, folder: Path, side: str, prompt: int, set
         "new": options.new,
         "learning_rate": options.learning_rate,
         "batch": int(setting) if setting.isdecimal() else None,
+        "engine": {"rollout_engine": "vllm", "vllm_python": options.vllm_python} if options.engine == "vllm" else {},
     }
     (output / "plan.json").write_text(json.dumps(plan))
     python = sys.executable if side == "luthier" else options.peer_python
@@ -165,6 +172,10 @@ def report(
         values = [median[name] for median in medians.values()]
         ratio = f"{values[1] / values[0]:>8.2f}" if len(values) == 2 and min(values) >= 0.01 else ""
         print(f"{name:>12} " + " ".join(f"{value:>10.2f}" for value in values) + f" {ratio}")
+    for side, turns in sides.items():
+        if sent := turns[-1]["parts"].get("sync_bytes"):
+            seconds = medians[side]["sync"]
+            print(f"{'weights':>12} {sent / GB:.3f} GB sent in {seconds:.2f} s: {seconds / sent * GB:.2f} s a GB")
     peaks = " ".join(f"{turns[-1]['peak_bytes'] / GIB:>10.2f}" for turns in sides.values())
     print(f"{'peak GiB':>12} {peaks}")
     line = {"options": vars(options), "prompt": prompt, "setting": setting, "facts": facts, "turns": sides}

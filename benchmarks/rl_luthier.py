@@ -1,7 +1,8 @@
 """Luthier's side of `rl.py`: the whole real run, `train.rl.run`, whose loop waits for its turn before each step.
 
 Every step passes through the loop that users run, its reward workers, its log and its `rollouts/`. Checkpoints are off,
-as on the other side.
+as on the other side. With vLLM as the engine, its server is one that the run starts, and new weights are sent to it
+after each step.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rl_rewards import even_tokens
 from turns import Turns
 
 from luthier import config, mesh
 from luthier.train import rl
 from luthier.train.feed import InTurn
+from luthier.train.feed_apart import ApartInTurn
 from luthier.train.sampler import Collected
 
 
@@ -33,10 +36,11 @@ def device_peak() -> int | None:
 
 
 class Waiting(InTurn):
-    """Waits before each step, and tells sampling, rewards and training apart."""
+    """Waits before each step, and tells sampling, rewards, training and the way of new weights apart."""
 
     turns: Turns
     new: int
+    dtype: str
     _params: Any = None
     _marked: float | None = None
 
@@ -54,20 +58,35 @@ class Waiting(InTurn):
             raise ValueError(f"completions of {self.new} tokens wanted, lengths {lengths} came")
         return collected
 
-    def publish(self, params: Any, version: int) -> None:
+    def publish(self, trained: Any, version: int, *, now: bool = False) -> None:
         """Keep hold of the weights, to know when they are there."""
-        self._params = params
-        super().publish(params, version)
+        self._params = trained
+        super().publish(trained, version, now=now)
 
     def _count(self, part: str, seconds: float) -> None:
         self.turns.parts[part] = self.turns.parts.get(part, 0.0) + seconds
 
 
+class WaitingApart(Waiting, ApartInTurn):
+    """The same of an engine that weights are sent to."""
+
+    def publish(self, trained: Any, version: int, *, now: bool = False) -> None:
+        """Send the weights, once they are there."""
+        jax.block_until_ready(trained)
+        begun = time.perf_counter()
+        self._count("training", begun - (self._marked or begun))
+        super().publish(trained, version, now=now)
+        self._marked = time.perf_counter()
+        self._count("sync", self._marked - begun)
+        sizes = (leaf.size * jnp.dtype(self.dtype).itemsize for leaf in jax.tree.leaves(trained))
+        self._count("sync_bytes", sum(sizes))
+
+
 def main() -> None:
     Waiting.turns = Turns(device_peak)
     plan = json.loads(Path(sys.argv[1]).read_text())
-    Waiting.new = plan["new"]
-    rl.InTurn = Waiting  # type: ignore[misc]
+    Waiting.new, Waiting.dtype = plan["new"], plan["dtype"]
+    rl.InTurn, rl.ApartInTurn = Waiting, WaitingApart  # type: ignore[misc]
     keys = {
         "model_name": plan["model"],
         "load_parameters_path": plan["model"],
@@ -84,6 +103,7 @@ def main() -> None:
         "num_epoch": 1_000_000,
         "enable_checkpointing": False,
         "log_completions_steps": 0,
+        **plan["engine"],
     }
     resolved = config.resolve("rl", [f"{key}={value}" for key, value in keys.items()], {})
     Waiting.turns.facts |= {

@@ -89,6 +89,15 @@ COMMANDS = {
             *("max_num_seqs", "max_target_length", "max_queue", "max_new_tokens", "temperature", "top_p"),
         ),
     ),
+    "vllm": Command(
+        "[recipe.yml] key=value ...",
+        "Run a vLLM server that takes the weights of trainers elsewhere.",
+        "luthier.commands.vllm",
+        (
+            *("load_parameters_path", "model_name", "host", "port", "vllm_python", "vllm_arguments"),
+            *("dtype", "max_target_length", "lora_rank"),
+        ),
+    ),
     "convert": Command(
         "[recipe.yml] key=value ...",
         "Merge an adapter into its model; turn a Hugging Face folder into a GGUF file, and back.",

@@ -73,7 +73,7 @@ def sft(tmp_path: Path, tiny_model: Path, tiny_rows: Path, capsys: pytest.Captur
         ({"chat_template_path": "nowhere.jinja"}, ["chat_template_path", "nowhere.jinja"]),
         ({"chat_template": "{% for %}"}, ["chat_template", "not valid Jinja", "line 1"]),
         ({"ici_tensor_parallelism": 3}, ["ici_tensor_parallelism=3", "8"]),
-        ({"ici_tensor_parallelism": 8}, ["ici_tensor_parallelism=8", "heads"]),
+        ({"ici_tensor_parallelism": 8}, ["tensor=8", "ici_tensor_parallelism", "heads"]),
         ({"per_device_batch_size": 10_000_000}, ["per_device_batch_size=10000000", "GiB", "fits"]),
         ({"max_target_length": 2_000_000_000}, ["not even one row fits", "remat_policy=full", "max_target_length"]),
     ],

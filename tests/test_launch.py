@@ -56,7 +56,7 @@ def resolved(command: list[str]) -> Any:
     return config.resolve(command[0], command[1:], {})
 
 
-@pytest.mark.parametrize("script", ["slurm.sbatch", "by-hand.sh", "xpk.sh"])
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-vllm.sbatch", "by-hand.sh", "xpk.sh"])
 def test_scripts_are_valid(script: str) -> None:
     subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
 
@@ -76,6 +76,35 @@ def test_slurm_queues_again_what_was_told_to_stop(fakes: Path, code: int, again:
     write(fakes / "bin" / "srun", f"exit {code}")
     assert start("slurm.sbatch", *KEYS, SLURM_JOB_ID="7", CODE="0").returncode == code
     assert called(fakes, "scontrol") == again
+
+
+NODES = 'if [[ $1 == show ]]; then printf "n1\\nn2\\nn3\\n"; else printf "%s\\0" "$@" >"{}/scontrol.$$"; fi'
+"""What scontrol does where a job has three nodes."""
+
+
+def test_slurm_has_vllm_sample_on_nodes_of_its_own(fakes: Path) -> None:
+    write(fakes / "bin" / "scontrol", NODES.format(fakes))
+    how = {"SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "MODEL": "Qwen/Qwen3-8B"}
+    write(
+        fakes / "bin" / "srun",
+        f'printf "%s\\0" "$@" "${{JAX_LOCAL_DEVICE_IDS:-}}" >"{fakes}/srun.$$"; [[ $* != *" rl "* ]] || exit 143',
+    )
+    keys = ["hf_path=rows", "run_name=a run"]
+    done = start("slurm-vllm.sbatch", *keys, SERVERS="2", SERVER_KEYS="lora_rank=8 vllm_arguments=--x", **how)
+    assert done.returncode == 143, done.stderr
+    places = {}
+    for *options, program, command in ([*call[:3], call[3], call[4:]] for call in called(fakes, "srun")):
+        assert program == "luthier"
+        places[command[0]] = options, resolved(command[:-1]), command[-1]
+    options, server, devices = places["vllm"]
+    assert options == ["--nodes=2", "--nodelist=n1,n2", "--kill-on-bad-exit=0"]
+    assert (server.model_name, server.lora_rank, server.vllm_arguments, devices) == ("Qwen/Qwen3-8B", 8, "--x", "")
+    options, trainer, devices = places["rl"]
+    assert options == ["--nodes=1", "--nodelist=n3", "--kill-on-bad-exit=1"]
+    assert (trainer.model_name, trainer.run_name, devices) == ("Qwen/Qwen3-8B", "a run", "0,1")
+    assert trainer.vllm_urls == [f"http://n1:{server.port}", f"http://n2:{server.port}"]
+    assert called(fakes, "scontrol") == [["requeue", "7"]]
+    assert start("slurm-vllm.sbatch", *keys, SERVERS="3", **how).returncode == 2
 
 
 def test_xpk_creates_a_workload(fakes: Path) -> None:
@@ -148,6 +177,29 @@ def test_the_skypilot_task_runs_the_command() -> None:
         ["bash", "-c", script], env=os.environ | task["envs"], capture_output=True, text=True, check=True
     )
     assert resolved(shown.stdout.splitlines()).base_output_directory.startswith("s3://")
+
+
+def test_the_skypilot_task_has_vllm_sample_on_nodes_of_its_own() -> None:
+    task = yaml.safe_load((LAUNCH / "skypilot-vllm.yaml").read_text())
+    script = task["run"].replace("~/luthier/bin/luthier", "luthier")
+    # Whether the trainer's port is there is told by a file; to sleep is to have it vanish.
+    script = (
+        'luthier() { for each in "$@"; do echo "$each"; done; }\n'
+        "python3() { :; }; sleep() { gone=1; }; kill() { :; }; wait() { return 143; }\n"
+    ) + script.replace('(exec 3<>"/dev/tcp/$first/8475") 2>/dev/null', "[ -z ${gone:-} ]")
+    commands = []
+    for rank in range(task["num_nodes"]):
+        place = {"SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n10.0.0.3"}
+        values = {name: str(value) for name, value in task["envs"].items()}
+        shown = subprocess.run(["bash", "-c", script], env=os.environ | values | place, capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+        commands.append(resolved(shown.stdout.splitlines()))
+    trainer, *servers = commands
+    assert trainer.vllm_urls == [f"http://10.0.0.{number}:{servers[0].port}" for number in (2, 3)]
+    assert processes._place(trainer) is None  # though SkyPilot says that there are three
+    for server in servers:
+        assert (server.model_name, server.max_target_length) == (trainer.model_name, trainer.max_target_length)
+        assert server.host == "0.0.0.0"
 
 
 SLURM = {"SLURM_JOB_ID": "5", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}

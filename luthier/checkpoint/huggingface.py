@@ -108,7 +108,7 @@ def save(
     are not the model's own go along as they are, so that what was whole stays whole. ``chat_template`` replaces
     the tokenizer's own, ``card`` is the text of README.md. Failures are as in ``write``.
     """
-    ours = _outgoing(params, spec, source, dtype)
+    ours = _saved(params, spec, source, dtype)
     tensors = ours | {name: source.tensors[name] for name in _others(source, ours)}
     if jax.process_index() == 0:
         write(
@@ -157,6 +157,19 @@ def write(
         whole.write(folder, shards, documents, write_tokenizer)
 
 
+def outgoing(params: Tree, spec: Tree, dtype: np.dtype) -> dict[str, Stored]:
+    """Return {Hugging Face name: tensor} of our weights as ``dtype``, each gathered when it is read.
+
+    What is exact comes in fp32, what is quantised as the floats that it stands for. All processes read the same ones in
+    the same order.
+    """
+    arrays = placing.structure(spec).flatten_up_to(params)
+    return {
+        name: _gathered(arrays, places, np.dtype(places[0].param.dtype(dtype)))
+        for name, places in _places(spec).items()
+    }
+
+
 class _Place(NamedTuple):
     """A weight's part in one tensor: the ``number`` of its array among the leaves, and the slice of it there."""
 
@@ -195,25 +208,28 @@ def _is_block(weight: Any, param: Param) -> bool:
     return not quant.kind(weight) and (param.part is None or param.part.step == 1)
 
 
-def _outgoing(params: Tree, spec: Tree, source: Source, dtype: str) -> dict[str, Stored]:
-    """Return {Hugging Face name: tensor} of our arrays, each gathered when it is read."""
+def _saved(params: Tree, spec: Tree, source: Source, dtype: str) -> dict[str, Stored]:
+    """Return {Hugging Face name: tensor} of our arrays in the types that they are saved in."""
     arrays = placing.structure(spec).flatten_up_to(params)
     if any(quant.kind(array) for array in arrays):
         raise ValueError("save: the weights are quantised; only an adapter over them can be saved")
     found: dict[str, Stored] = {}
     for name, places in _places(spec).items():
-        first = places[0]
-        kind = _FLOATS[dtype] if dtype != "auto" else _loaded_type(source, name, arrays[first.number])
-        shape = first.param.tensor_shape
-        found[name] = Stored(shape, kind, partial(_gather, arrays, places, shape, kind))
+        kind = _FLOATS[dtype] if dtype != "auto" else _loaded_type(source, name, arrays[places[0].number])
+        found[name] = _gathered(arrays, places, kind)
     return found
+
+
+def _gathered(arrays: list[Any], places: list[_Place], dtype: np.dtype) -> Stored:
+    shape = places[0].param.tensor_shape
+    return Stored(shape, dtype, partial(_gather, arrays, places, shape, dtype))
 
 
 def _loaded_type(source: Source, name: str, array: jax.Array) -> np.dtype:
     return source.tensors[name].dtype if name in source.tensors else np.dtype(array.dtype)
 
 
-def _gather(arrays: list[jax.Array], places: list[_Place], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _gather(arrays: list[Any], places: list[_Place], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     tensor = np.zeros(shape, dtype)
     for number, param, index in places:
         piece = placing.take(arrays[number], index)

@@ -149,12 +149,9 @@ def save(
     no change (as PEFT's ``path_initial_model_for_weight_conversion`` does). ``chat_template`` replaces the tokenizer's
     own, ``card`` is the text of README.md. Where the disk refuses it is a RunError.
     """
-    arrays, spec = adapters, adapter_spec
-    if origin is not None:
-        arrays, spec, adapter = _converted(adapters, origin, adapter_spec, adapter)
-    ours = _outgoing(arrays, spec)
+    config, ours = outgoing(adapters, adapter_spec, adapter, source, origin)
     if jax.process_index() == 0:
-        documents = {CONFIG: _saved_config(adapter, adapter_spec, source), "README.md": card}
+        documents = {CONFIG: config, "README.md": card}
         write_tokenizer = partial(tokenizer_files.save, tokenizer, chat_template=chat_template)
         with disk.writing(place, "the adapter", lambda: "Make room, and run the same command again."):
             whole.write(place, {WEIGHTS: ours}, documents, write_tokenizer)
@@ -163,6 +160,16 @@ def save(
             tensor.read()  # gathering takes every process
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {place}")
+
+
+def outgoing(
+    adapters: Tree, adapter_spec: Tree, adapter: Adapter, source: Source, origin: Tree | None = None
+) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Return what ``save`` writes: the content of ``adapter_config.json``, and {name: tensor}, gathered when read."""
+    arrays, spec = adapters, adapter_spec
+    if origin is not None:
+        arrays, spec, adapter = _converted(adapters, origin, adapter_spec, adapter)
+    return _saved_config(adapter, adapter_spec, source), _outgoing(arrays, spec)
 
 
 def _config(place: Path) -> dict[str, Any]:

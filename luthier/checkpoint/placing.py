@@ -144,11 +144,22 @@ def _piece(
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def take(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-    """Return one slice of an array, gathered from all devices; every process calls it."""
+def take(array: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Return one slice of a weight, gathered from all devices; every process calls it.
+
+    Of a quantised one it is the fp32 floats that it stands for.
+    """
+    if quant.kind(array):
+        parts = jax.tree.map(partial(take, index=index), array)
+        return np.asarray(_floats(parts).addressable_data(0))
     if index or not array.is_fully_replicated:  # else it is here as it is, and needs no copy
         array = _slice(array, index, NamedSharding(cast(NamedSharding, array.sharding).mesh, P()))
     return np.asarray(array.addressable_data(0))
+
+
+@jax.jit
+def _floats(weight: quant.Quantised) -> jax.Array:
+    return weight.materialised(jnp.float32)
 
 
 def quantise(params: Tree, spec: Tree, quantization: str, mesh: Mesh) -> Tree:

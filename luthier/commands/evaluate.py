@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from luthier.data.rows import Rows
 from luthier.data.schemas import Selection
 from luthier.errors import UserError
 from luthier.rollout import prompts, reward
+from luthier.rollout.chosen import Chosen
 from luthier.rollout.estimators import Interval
 from luthier.rollout.opened import open_model
 from luthier.rollout.prompts import Prompt
@@ -40,17 +42,25 @@ def run(config: EvalConfig) -> None:
     console = display.console()
     place = _folder(config)
     rewards = reward.load(_named(config), config.reward_kwargs)
+    if not rewards and config.rollout_engine == "vllm":
+        raise UserError("rollout_engine=vllm: without reward_functions nothing is sampled. Give some, or leave it out.")
     rows = open_rows(config)
     asked = _prompts(config, rows, rewards) if rewards else []
     chosen = None if rewards else source.selection(config, rows)
     ids: list[list[int]] = []
-    opened = open_model(config, lambda _, tokenizer: ids.extend(prompts.encode(config, asked, tokenizer)))
-    with mesh_lib.use(opened.mesh):
-        if chosen is None:
-            job = evaluate_samples.prepare(config, opened, asked, ids, rewards)
-            results = evaluate_samples.evaluate(job, folder.open_(config), console)
-        else:
-            results = evaluate_text.evaluate(config, opened, rows, chosen, console)
+    with Chosen(config, partial(console.print, markup=False)) as engine:
+
+        def look(place: Any, tokenizer: Any) -> None:
+            ids.extend(prompts.encode(config, asked, tokenizer))
+            engine.look(place, tokenizer, ids)
+
+        opened = open_model(engine.keys, look)
+        with mesh_lib.use(opened.mesh):
+            if chosen is None:
+                job = evaluate_samples.prepare(config, opened, asked, ids, rewards, engine.open(opened))
+                results = evaluate_samples.evaluate(job, folder.open_(config), console)
+            else:
+                results = evaluate_text.evaluate(config, opened, rows, chosen, console)
     results = {"model": opened.name, "dataset": rows.source} | results
     _write(folder.open_(config) / RESULTS, results)
     display.table(console, f"{opened.name} on {rows.source}", dict(lines(results)))

@@ -24,8 +24,7 @@ from luthier.config import EvalConfig
 from luthier.errors import UserError
 from luthier.rollout import answers, evaluation, opened, reward, text
 from luthier.rollout import prompts as prompts_lib
-from luthier.rollout.engine import Completion, Request
-from luthier.rollout.local import LocalEngine
+from luthier.rollout.engine import CheckedEngine, Completion, Request
 from luthier.rollout.opened import Opened
 from luthier.rollout.prompts import Prompt
 from luthier.rollout.reward import Reward
@@ -52,7 +51,7 @@ class Job:
     prompts: Sequence[Prompt]
     requests: Sequence[Request]
     rewards: Sequence[Reward]
-    engine: LocalEngine
+    engine: CheckedEngine
 
 
 def prepare(
@@ -61,9 +60,9 @@ def prepare(
     prompts: Sequence[Prompt],
     ids: Sequence[Sequence[int]],
     rewards: Sequence[Reward],
+    engine: CheckedEngine,
 ) -> Job:
     """Return what is to be sampled and scored. Raises UserError for a prompt that cannot be sampled from."""
-    engine = opened.open_engine(config, model)
     settings = opened.sampling(config, model)
     if not settings.temperature and config.num_generations > 1:
         raise UserError(
@@ -162,9 +161,13 @@ def _line(job: Job, index: int, scored: Scored, sample: int) -> dict[str, Any]:
         "completion": scored.texts[sample],
         "reference": prompt.reference,
         "answer": answers.final_answer(scored.texts[sample]),
-        "rewards": {each.name: None if math.isnan(value) else value for each, value in rewards},
+        "rewards": {each.name: _known(value) for each, value in rewards},
         "finish_reason": completion.finish,
         "prompt_tokens": len(job.requests[index].prompt),
         "completion_tokens": len(completion.tokens_T),
-        "logprob": float(completion.softmax_logp_T.sum()),
+        "logprob": _known(float(completion.softmax_logp_T.sum())),
     }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -10,10 +10,12 @@ Left out on purpose: scoring (`luthier eval`), and going on with a run that was 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,8 +29,9 @@ from luthier.commands import prompts as prompts_lib
 from luthier.config import GenerateConfig
 from luthier.model import param
 from luthier.rollout import text
+from luthier.rollout.chosen import Chosen
 from luthier.rollout.engine import Completion, Engine, Piece, Request
-from luthier.rollout.opened import Opened, open_engine, open_model, prompt_seeds, sampling
+from luthier.rollout.opened import Opened, open_model, prompt_seeds, sampling
 from luthier.rollout.prompts import Prompt
 from luthier.train import display
 
@@ -74,28 +77,34 @@ def run(config: GenerateConfig) -> None:
     console = terminal.messages()
     prompts = prompts_lib.read(config)
     output.check(config.output_path)
-    ids: list[list[int]] = []
-
-    def look(source: Any, tokenizer: Any) -> None:
-        limit = source.context_length
-        ids.extend(prompts_lib.encode(config, prompts, tokenizer, limit))
-
-    with console.status("Opening the model") if console.is_terminal else contextlib.nullcontext():
-        opened = open_model(config, look)
-    job = Job(config, opened, prompts, requests(config, opened, ids))
-    with mesh_lib.use(opened.mesh):
-        engine = open_engine(config, opened)
-        _header(console, job)
-        if config.output_path or config.logprobs is not None or not sys.stdout.isatty():
-            write(job, engine, console)
-        else:
-            show(job, engine)
+    with Chosen(config, partial(console.print, markup=False)) as chosen:
+        job = _open(config, prompts, chosen, console)
+        with mesh_lib.use(job.opened.mesh):
+            engine = chosen.open(job.opened)
+            _header(console, job)
+            if config.output_path or config.logprobs is not None or not sys.stdout.isatty():
+                write(job, engine, console)
+            else:
+                show(job, engine)
     seconds = time.perf_counter() - job.started
     console.print(
         f"{_count(job.completions, 'completion')} of {_count(len(prompts), 'prompt')}: {job.tokens:,} tokens in "
         f"{seconds:.1f} s, "
         f"{job.tokens / seconds:,.1f} tokens/s; the first came after {job.first:.1f} s"
     )
+
+
+def _open(config: GenerateConfig, prompts: Sequence[Prompt], chosen: Chosen, console: Console) -> Job:
+    """Return what is to be done, with the model opened for it."""
+    ids: list[list[int]] = []
+
+    def look(source: Any, tokenizer: Any) -> None:
+        ids.extend(prompts_lib.encode(config, prompts, tokenizer, source.context_length))
+        chosen.look(source, tokenizer, ids)
+
+    with console.status("Opening the model") if console.is_terminal else contextlib.nullcontext():
+        opened = open_model(chosen.keys, look)
+    return Job(config, opened, prompts, requests(config, opened, ids))
 
 
 def requests(config: GenerateConfig, opened: Opened, prompts: Sequence[Sequence[int]]) -> list[Request]:
@@ -195,12 +204,12 @@ def row(job: Job, completion: Completion) -> dict[str, Any]:
 
 
 def _tokens(tokenizer: Any, completion: Completion) -> list[dict[str, Any]]:
-    """Return each token with its log-probs: under the whole softmax, and as it was drawn, after filtering."""
+    """Return each token with its log-probs: under the whole softmax, where it is known, and as it was drawn."""
     ids = completion.tokens_T.tolist()
     columns = (
         ids,
         tokenizer.convert_ids_to_tokens(ids),
-        completion.softmax_logp_T.tolist(),
+        [None if math.isnan(logp) else logp for logp in completion.softmax_logp_T.tolist()],
         completion.logp_T.tolist(),
     )
     names = ("id", "token", "logprob", "drawn_logprob")
@@ -231,9 +240,13 @@ def _header(console: Console, job: Job) -> None:
     opened, chosen = job.opened, job.requests[0].sampling
     lengths = [len(request.prompt) for request in job.requests]
     span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else lengths[0]
+    where = (
+        f"{jnp.dtype(opened.compute.dtype).name} on {opened.mesh.size} x {opened.mesh.devices.flat[0].device_kind}"
+        if job.config.rollout_engine == "local"
+        else f"vLLM ({_count(len(job.config.vllm_urls) or job.config.vllm_servers, 'server')})"
+    )
     lines = {
-        "model": f"{opened.name}, {display.quantity(param.count(opened.model.spec))} parameters, computed in "
-        f"{jnp.dtype(opened.compute.dtype).name} on {opened.mesh.size} x {opened.mesh.devices.flat[0].device_kind}",
+        "model": f"{opened.name}, {display.quantity(param.count(opened.model.spec))} parameters, computed in {where}",
         "prompts": f"{len(lengths)}, of {span} tokens; {_count(job.config.num_generations, 'completion')} of each",
         "sampling": f"temperature {chosen.temperature:g}, top_k {chosen.top_k}, top_p {chosen.top_p:g}, "
         f"min_p {chosen.min_p:g}, at most {chosen.max_new_tokens} tokens",

@@ -14,6 +14,7 @@ from typing import Any
 from luthier import keys
 from luthier.config.convert import ConvertConfig
 from luthier.config.groups import (
+    CapacityKeys,
     DataKeys,
     DatasetKeys,
     EngineKeys,
@@ -33,6 +34,7 @@ from luthier.config.plan import PlanKeys, RlPlan, SftPlan
 from luthier.config.plan import read as read_plan
 from luthier.config.rl import RlConfig
 from luthier.config.sft import SftConfig
+from luthier.config.vllm import ServerKeys, VllmConfig, VllmKeys
 from luthier.keys import Keys, Row
 
 COMMANDS: dict[str, type[Keys]] = {
@@ -42,12 +44,14 @@ COMMANDS: dict[str, type[Keys]] = {
     "chat": ChatConfig,
     "eval": EvalConfig,
     "serve": ServeConfig,
+    "vllm": VllmConfig,
     "convert": ConvertConfig,
     "plan": PlanKeys,
 }
 
 __all__ = [
     "COMMANDS",
+    "CapacityKeys",
     "ChatConfig",
     "ConvertConfig",
     "DataKeys",
@@ -66,12 +70,15 @@ __all__ = [
     "RunKeys",
     "SampleKeys",
     "ServeConfig",
+    "ServerKeys",
     "SftConfig",
     "SftPlan",
     "SourceKeys",
     "SplitKeys",
     "TemplateKeys",
     "TrainKeys",
+    "VllmConfig",
+    "VllmKeys",
     "describe",
     "resolve",
 ]

@@ -43,8 +43,8 @@ class HostKeys(Keys):
 
     @model_validator(mode="after")
     def _check_hosts(self) -> Self:
-        _, _, port = self.coordinator_address.rpartition(":")
-        if self.coordinator_address and not port.isdigit():
+        host, _, port = self.coordinator_address.rpartition(":")
+        if self.coordinator_address and not (host and port.isdigit()):
             raise ValueError(f"coordinator_address={self.coordinator_address}: give HOST:PORT, such as 10.0.0.1:8476")
         count, number = self.num_processes, self.process_id
         if count is not None and number is not None and number >= count:
@@ -278,8 +278,8 @@ class SampleKeys(Keys):
     ignore_eos: bool = key(False, "End completions by length alone.")
 
 
-class EngineKeys(Keys):
-    """The engine that samples: how much at a time, in how much memory."""
+class CapacityKeys(Keys):
+    """How much is sampled at a time, in how much memory."""
 
     max_num_seqs: int = key(
         0, "Sequences sampled at a time; 0: as many as there are, up to what the platform does well.", ge=0
@@ -290,6 +290,11 @@ class EngineKeys(Keys):
     kv_cache_gib: float | None = key(
         None, "Memory for keys and values on each device, in GiB. Default: a share of what is free.", gt=0
     )
+
+
+class EngineKeys(CapacityKeys):
+    """How the embedded engine samples."""
+
     kv_cache_dtype: Literal["auto", "bfloat16", "float32"] = key(
         "auto", "Type of cached keys and values; `auto`: that of the computation."
     )

@@ -19,6 +19,7 @@ from luthier.config.groups import (
     check_model,
 )
 from luthier.config.lora import QuantisationKeys
+from luthier.config.vllm import VllmKeys, check_engine
 from luthier.keys import key
 
 
@@ -44,7 +45,7 @@ class InferenceKeys(SampleKeys, EngineKeys, TemplateKeys, QuantisationKeys, Mode
         return self
 
 
-class GenerateConfig(InferenceKeys):
+class GenerateConfig(VllmKeys, InferenceKeys):
     """The keys of `luthier generate`."""
 
     prompt: str = key("", "The prompt: a user's message, or with `use_chat_template=false` text to go on with.")
@@ -64,6 +65,7 @@ class GenerateConfig(InferenceKeys):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_engine(self)
         if bool(self.prompt) == bool(self.prompts_path):
             which = "both set: keep one" if self.prompt else "both empty: set one"
             raise ValueError(f"prompt and prompts_path are {which}")
@@ -77,7 +79,7 @@ class ChatConfig(InferenceKeys):
     compare: list[str] = key([], "Further models, as `load_parameters_path` names one, that answer side by side.")
 
 
-class EvalConfig(InferenceKeys, MaskKeys, DatasetKeys):
+class EvalConfig(VllmKeys, InferenceKeys, MaskKeys, DatasetKeys):
     """The keys of `luthier eval`."""
 
     run_name: str = key("eval", "Name of the evaluation: its folder under `base_output_directory`.", min_length=1)
@@ -103,6 +105,7 @@ class EvalConfig(InferenceKeys, MaskKeys, DatasetKeys):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_engine(self)
         if not self.hf_path:
             raise ValueError("no dataset: set hf_path=... (a hub id, a saved folder or files)")
         if self.num_generations > 1 and self.temperature == 0:

@@ -58,6 +58,11 @@ class RlPlan(PlanKeys, RlConfig):
     @model_validator(mode="after")
     def _check_machine(self) -> RlPlan:
         _check(self)
+        if self.rollout_engine == "vllm":
+            raise ValueError(
+                "rollout_engine=vllm: what vLLM's servers take and do cannot be planned. Leave it out: the policy step "
+                "is the same"
+            )
         return self
 
 

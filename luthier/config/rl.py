@@ -20,11 +20,14 @@ from luthier.config.groups import (
     check_training,
 )
 from luthier.config.lora import LoraKeys, check_adapter
+from luthier.config.vllm import VllmKeys, check_engine
 from luthier.keys import Keys, key
 
 GSM8K = "openai/gsm8k"
 TOOLS = ("calculator",)
 """The built-in environments, which answer the model and reward nothing."""
+COLDEST = 0.01
+"""The lowest temperature over 0 that vLLM takes as it is."""
 
 
 class PolicyKeys(Keys):
@@ -119,8 +122,16 @@ class RolloutKeys(Keys):
     max_staleness: int = key(
         0, "Steps that the sampler's weights may be behind; from 1 on, sampler and trainer work side by side.", ge=0
     )
-    sampler_devices_fraction: Fraction = key(0.5, "Share of the devices that sample, with `max_staleness`.")
-    trainer_devices_fraction: Fraction = key(0.5, "Share of the devices that train, with `max_staleness`.")
+    sampler_devices_fraction: Fraction = key(
+        0.5, "Share of the devices that sample, with `max_staleness` or with vLLM's servers on this host."
+    )
+    trainer_devices_fraction: Fraction = key(0.5, "Share of the devices that train, where others sample.")
+    weight_sync_interval: PositiveInt = key(1, "Steps between two times that vLLM's servers are sent new weights.")
+    interrupted_completions: Literal["keep", "drop"] = key(
+        "keep",
+        "What becomes of completions that new weights find unfinished on vLLM's servers: they go on, or are dropped "
+        "and drawn anew.",
+    )
     log_completions_steps: int = key(10, "Steps between printing the best and the worst completion; 0: never.", ge=0)
     eval_num_generations: PositiveInt = key(1, "Completions of each held-out prompt.")
     eval_temperature: Annotated[float, Field(ge=0)] | None = key(
@@ -130,7 +141,17 @@ class RolloutKeys(Keys):
 
 
 class RlConfig(
-    PolicyKeys, RewardKeys, RolloutKeys, SampleKeys, EngineKeys, LoraKeys, TrainKeys, SplitKeys, ModelKeys, RunKeys
+    PolicyKeys,
+    RewardKeys,
+    RolloutKeys,
+    VllmKeys,
+    SampleKeys,
+    EngineKeys,
+    LoraKeys,
+    TrainKeys,
+    SplitKeys,
+    ModelKeys,
+    RunKeys,
 ):
     """The keys of `luthier rl`."""
 
@@ -178,8 +199,9 @@ class RlConfig(
         check_model(self)
         check_training(self)
         check_adapter(self)
-        for message in (_groups(self), _lengths(self), _devices(self), _rewards(self), _dropout(self)):
-            if message:
+        check_engine(self)
+        for check in (_groups, _lengths, _devices, _rewards, _dropout, _vllm, _sync):
+            if message := check(self):
                 raise ValueError(message)
         return self
 
@@ -230,10 +252,50 @@ def _lengths(config: RlConfig) -> str | None:
 
 def _devices(config: RlConfig) -> str | None:
     shares = (config.sampler_devices_fraction, config.trainer_devices_fraction)
-    if config.max_staleness and (min(shares) <= 0 or sum(shares) > 1):
+    if (config.max_staleness or config.starts_servers) and (min(shares) <= 0 or sum(shares) > 1):
         return (
             f"sampler_devices_fraction={shares[0]} and trainer_devices_fraction={shares[1]}: both must be over 0, and "
             "together at most 1"
+        )
+    return None
+
+
+def _vllm(config: RlConfig) -> str | None:
+    """Return what is wrong of keys that vLLM's servers have no part in."""
+    if config.rollout_engine != "vllm":
+        return None
+    filters = {"top_k": config.top_k > 0, "top_p": config.top_p < 1, "min_p": config.min_p > 0}
+    if name := next((name for name, on in filters.items() if on), None):
+        return (
+            f"{name}={getattr(config, name)} with rollout_engine=vllm: vLLM says how likely a token was among those "
+            "that are left, and the policy loss needs to know how likely it was among all. Leave it out"
+        )
+    coldest = {"temperature": config.temperature, "eval_temperature": config.eval_temperature or 1.0}
+    if name := next((name for name, value in coldest.items() if value < COLDEST), None):
+        return f"{name}={getattr(config, name)} with rollout_engine=vllm, which takes {COLDEST} and more. Raise it"
+    if config.routing_replay:
+        return (
+            "routing_replay=true with rollout_engine=vllm: only the embedded engine records which experts it sent "
+            "tokens to. Leave one of the two out"
+        )
+    if config.starts_servers and config.chips_per_vm:
+        return (
+            f"chips_per_vm={config.chips_per_vm} with rollout_engine=vllm: servers and trainer share what "
+            "CUDA_VISIBLE_DEVICES names, by sampler_devices_fraction and trainer_devices_fraction. Leave it out"
+        )
+    return None
+
+
+def _sync(config: RlConfig) -> str | None:
+    interval, staleness = config.weight_sync_interval, config.max_staleness
+    if config.rollout_engine == "local" and interval > 1:
+        return f"weight_sync_interval={interval}: the embedded engine has the trainer's own weights. Leave it out"
+    if config.rollout_engine == "local" and config.interrupted_completions == "drop":
+        return "interrupted_completions=drop is for rollout_engine=vllm: set that too, or leave it out"
+    if staleness and interval > staleness + 1:
+        return (
+            f"weight_sync_interval={interval} with max_staleness={staleness}: new weights are needed every "
+            f"{staleness + 1} steps. Lower the one or raise the other"
         )
     return None
 

@@ -119,8 +119,20 @@ class Engine(Protocol):
         ...
 
 
+class CheckedEngine(Engine, Protocol):
+    """One that says beforehand what it cannot serve."""
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that cannot be served."""
+        ...
+
+
 class SteppedEngine(Protocol):
     """An engine that is driven from outside: requests may come and go between its steps, and its weights change."""
+
+    def sync(self, params: Tree, version: int = 0) -> None:
+        """Sample from these weights from now on; tokens drawn by them carry the ``version``."""
+        ...
 
     @property
     def busy(self) -> bool:

@@ -48,14 +48,16 @@ class Described:
 class Opened(Described):
     """A model with its weights (in the type that it computes in) on a mesh.
 
-    ``adapter`` is the place of the one that is in every request, ``adapters`` the names of those that requests choose
-    from; ``quantization`` is the kind of the base's weights, "" where they are floats.
+    ``adapter`` is the place of the one that is in every request, ``attached`` itself with its weights, ``adapters``
+    the names of those that requests choose from; ``quantization`` is the kind of the base's weights, "" where they are
+    floats.
     """
 
     params: Tree
     mesh: Mesh
     compute: Compute
     adapter: str = ""
+    attached: tuple[Adapter, Tree] | None = None
     adapters: tuple[str, ...] = ()
     quantization: str = ""
 
@@ -97,13 +99,15 @@ def open_model(
         if look is not None:
             look(place, words)
         params = _params(keys, place, model, dtype, mesh)
-        if alone is not None:
-            params = lora.attach(model.spec, params, *_loaded(alone, model, mesh))
+        attached = None if alone is None else _loaded(alone, model, mesh)
+        if attached is not None:
+            params = lora.attach(model.spec, params, *attached)
         if several:
             loaded = {name: _loaded(named, model, mesh) for name, named in several.items()}
             params = adapters.together(model.spec, params, loaded)
     compute = Compute(dtype, keys.attention, context=keys.context_parallel_strategy)
-    return Opened(place, model, words, params, mesh, compute, keys.lora_path, tuple(several), keys.quantization)
+    names = tuple(several)
+    return Opened(place, model, words, params, mesh, compute, keys.lora_path, attached, names, keys.quantization)
 
 
 def open_engine(keys: InferenceKeys, opened: Opened) -> LocalEngine:

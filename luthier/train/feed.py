@@ -4,7 +4,7 @@ In turn, each step is sampled by the very weights that it then changes. Ahead, a
 the trainer works: the weights it uses are at most ``staleness`` steps behind those that its completions will train, new
 ones are taken up as soon as they are there, in the middle of completions too, and every token knows its version.
 
-Left out on purpose: sampling in other processes, which is an engine's matter.
+Left out on purpose: engines in other processes, whose weights are sent (``feed_apart``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ class Feed(Protocol):
         """Return the completions of the next step."""
         ...
 
-    def publish(self, trained: Tree, version: int) -> None:
-        """Sample from what is trained after ``version`` steps from now on. The caller may then donate it."""
+    def publish(self, trained: Tree, version: int, *, now: bool = False) -> None:
+        """Sample from what is trained after ``version`` steps from now on. The caller may then donate it.
+
+        An engine that is sent weights now and then has them at once with ``now``.
+        """
         ...
 
     def ask(self, question: Question) -> Any:
@@ -61,7 +64,7 @@ class InTurn:
         self._number, self._position = self._number + 1, collected.position
         return collected
 
-    def publish(self, trained: Tree, version: int) -> None:
+    def publish(self, trained: Tree, version: int, *, now: bool = False) -> None:
         """Sample from these weights from now on."""
         self._sampler.engine.sync(self._weights(trained), version)
 
@@ -102,28 +105,46 @@ class Ahead:
 
     def next(self) -> Collected:
         """Return the completions of the next step, waiting for them; raises what sampling them raised."""
+        found = self.take(None)
+        assert found is not None
+        return found
+
+    def take(self, seconds: float | None) -> Collected | None:
+        """Return the completions of the next step, or None where they are not there within some seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._failure)
+            self._changed.wait_for(lambda: self._ready or self._failure, seconds)
             if self._ready:
                 return self._ready.popleft()
-        raise self._failure  # type: ignore[misc]
+            if self._failure:
+                raise self._failure
+        return None
 
-    def publish(self, trained: Tree, version: int) -> None:
+    def publish(self, trained: Tree, version: int, *, now: bool = False) -> None:
         """Copy the weights to the sampler's devices, from where it takes them up after its present chunk of tokens."""
         copied = jax.block_until_ready(self._weights(trained))
         with self._changed:
             self._fresh, self._version = (copied, version), version
             self._changed.notify_all()
 
+    def reach(self, version: int) -> None:
+        """Hear that the engine was given the weights of this version by someone else."""
+        with self._changed:
+            self._version = version
+            self._changed.notify_all()
+
     def ask(self, question: Question) -> Any:
         """Return what ``question`` says of the sampler, after the step that it is sampling now."""
+        return self.put(question).result()
+
+    def put(self, question: Question) -> Future[Any]:
+        """Have a question answered after the step that is being sampled now, and return the promise of it."""
         answer: Future[Any] = Future()
         with self._changed:
             if self._failure:
                 raise self._failure
             self._asked.append((question, answer))
             self._changed.notify_all()
-        return answer.result()
+        return answer
 
     def close(self) -> None:
         """Stop sampling after the present chunk of tokens."""

@@ -27,6 +27,8 @@ CONTINUABLE = {
     *("checkpoint_period", "max_num_checkpoints_to_keep", "async_checkpointing", "save_dtype"),
     *("grain_worker_count", "jax_cache_dir", "hf_access_token"),
     *("reward_workers", "reward_timeout", "max_reward_failures", "log_completions_steps", "max_logp_difference"),
+    *("vllm_urls", "vllm_servers", "vllm_python", "vllm_arguments", "vllm_timeout", "vllm_wait"),
+    *("sampler_devices_fraction", "trainer_devices_fraction"),
 }
 
 _ELSEWHERE = "Choose another run_name, or remove the folder."

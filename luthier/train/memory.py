@@ -66,13 +66,14 @@ def sampling(config: RlConfig, tuning: Tuning, mesh: Mesh, compute: Compute) -> 
     """Return the bytes that reinforcement learning needs beside the train step, the cache of keys and values aside.
 
     These are the sampler's copy of the weights, where it computes in another type, and the reference policy's. An
-    adapter's sampler and reference are the base itself.
+    adapter's sampler and reference are the base itself; vLLM's weights are on devices of its own.
     """
+    ahead = config.max_staleness > 0 and config.rollout_engine == "local"
     if tuning.adapter is not None:
-        return tuning.base_bytes(mesh) if config.max_staleness else 0.0
+        return tuning.base_bytes(mesh) if ahead else 0.0
     weights = param.count(tuning.spec) * mesh.shape["data"] / mesh.size
     own, computed = jnp.dtype(config.weight_dtype), jnp.dtype(compute.dtype)
-    copied = computed.itemsize if own != computed or config.max_staleness else 0
+    copied = computed.itemsize if ahead or (own != computed and config.rollout_engine == "local") else 0
     return weights * (copied + (own.itemsize if config.beta else 0))
 
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # the command line is parsed before anything heavy i
 
     entry("rl")
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -34,9 +35,23 @@ from luthier.errors import RunError, UserError
 from luthier.model.model import Model
 from luthier.model.param import Tree
 from luthier.rollout import checks, failures
+from luthier.rollout.vllm.engine import VllmEngine
 from luthier.rollout.workers import Scorers
-from luthier.train import display, folder, metrics, optimizer, report, rl_plan, rl_report, rl_setup, saving, step
+from luthier.train import (
+    display,
+    folder,
+    metrics,
+    optimizer,
+    report,
+    rl_plan,
+    rl_report,
+    rl_setup,
+    rl_vllm,
+    saving,
+    step,
+)
 from luthier.train.feed import Ahead, Feed, InTurn
+from luthier.train.feed_apart import ApartAhead, ApartInTurn
 from luthier.train.job import Job, load, prepare, reference
 from luthier.train.learner import Learner
 from luthier.train.profile import Profile
@@ -66,6 +81,7 @@ def run(config: RlConfig) -> None:
     after saving where a signal stopped it.
     """
     processes.start(config)
+    shares = rl_vllm.claim(config)
     source = source_lib.resolve(config)
     place = folder.check(config)
     model = Model.from_hf(source.config, source.name)
@@ -77,6 +93,7 @@ def run(config: RlConfig) -> None:
     trains, samples = (mesh_lib.make(config, devices) for devices in rl_plan.devices(config))
     with Stop() as stop, mesh_lib.use(trains), parting.losses_named(), ThreadPoolExecutor(1) as background:
         job = prepare(config, source, model, trains)
+        rl_vllm.check(job)
         objective = rl_plan.objective(config, job.compute.dtype)
         tokenizer = tokenizer_lib.load(source, config.tokenizer_path, config.hf_access_token)
         game = rl_setup.game(config, job, tokenizer)
@@ -85,6 +102,7 @@ def run(config: RlConfig) -> None:
         total = total_steps(config, len(tasks))
         layout = rl_setup.layout(config, job, tasks.longest, tasks.shortest)
         plan = rl_setup.plan_memory(job, layout)
+        length = rl_setup.length(config, game, tasks, held_out)
         processes.by_first(lambda: folder.open_(config))
         with (
             saving.out_of_memory(*rl_setup.memory_settings(config, layout)),
@@ -95,6 +113,8 @@ def run(config: RlConfig) -> None:
                 timeout=config.reward_timeout,
                 output=place / "rewards.log",
             ) as scorers,
+            rl_vllm.side(job, tokenizer, length, shares, console, place) as servers,
+            contextlib.ExitStack() as engines,
         ):
             scorers.check_columns(tasks.columns, config.hf_path)
             with saving.checkpoints(config, place) as checkpoints:
@@ -105,9 +125,15 @@ def run(config: RlConfig) -> None:
                 check_same(data, tasks.fingerprint, place)
                 held_against = reference(job, base) if config.beta else None
                 weights = rl_setup.weights(job, base, samples)
-                sampled = weights(state.params)
-                engine = rl_setup.engine(job, sampled, data["step"], samples, plan, tasks, held_out, tokenizer)
-                del sampled  # the engine's from here on, which gives them up for newer ones
+                if servers is None:
+                    # No name for the weights: they are the engine's from here on, which gives them up for newer ones.
+                    engine = rl_setup.engine(
+                        job, weights(state.params), data["step"], samples, plan, tasks, held_out, tokenizer
+                    )
+                else:
+                    engine = engines.enter_context(
+                        rl_vllm.engine(job, servers, base, state.params, data["step"], tokenizer, length, console)
+                    )
                 sampler = rl_setup.sampler(job, objective, game, engine, tasks, held_out, scorers, samples)
                 learner = Learner(config, objective, layout, programs, trains, held_against, base)
                 rl_report.header(console, job, sampler, learner, plan, total, place)
@@ -145,9 +171,11 @@ def train(
                 groups = [group.trajectories() for group in collected.kept]
                 learning_rate = rate(number - 1)
                 state, learned = this.learner.learn(state, [group for group in groups if group], learning_rate)
-                feed.publish(state.params, number)
+                trained = time.perf_counter()
+                feed.publish(state.params, number, now=_evaluates(this, writer, number))
                 finished = time.perf_counter()
-                seconds = collected.seconds | {"waiting": waited - started, "training": finished - waited}
+                seconds = {"waiting": waited - started, "training": trained - waited, "sync": finished - trained}
+                seconds |= collected.seconds
                 numbers = learned | measures(collected) | {f"seconds/{name}": value for name, value in seconds.items()}
                 numbers |= {"learning_rate": learning_rate, "seconds": finished - started}
                 apart = _report(this, writer, shown, collected, numbers, apart)
@@ -178,23 +206,32 @@ def total_steps(config: RlConfig, prompts: int) -> int:
 
 
 def _feed(this: Run, done: int, position: int) -> Feed:
-    config = this.job.config
+    config, engine = this.job.config, this.sampler.engine
+    if isinstance(engine, VllmEngine):
+        if not config.max_staleness:
+            return ApartInTurn(this.sampler, engine, done + 1, position)
+        return ApartAhead(this.sampler, engine, done + 1, this.total, position, config.max_staleness)
     if not config.max_staleness:
         return InTurn(this.sampler, this.weights, done + 1, position)
     return Ahead(this.sampler, this.weights, done + 1, this.total, position, config.max_staleness)
 
 
 def _look(this: Run, feed: Feed, writer: metrics.Writer, number: int) -> None:
-    """Evaluate on the held-out prompts, if there are any, it is time to, and a run that is resumed has not done so."""
-    interval = this.job.config.eval_interval
-    due = number in (0, this.total) or (interval > 0 and number % interval == 0)
-    if this.sampler.held_out is None or not due or number in writer.evaluations:
+    """Evaluate on the held-out prompts, if it is time to."""
+    if not _evaluates(this, writer, number):
         return
     values, failed = feed.ask(Sampler.evaluate)
     writer.evaluations[number] = values
     writer.write(number, {f"eval/{name}": value for name, value in values.items()})
     rl_report.evaluation(this.console, number, values)
     _warn_of(this, failed, f"held-out prompts at step {number}")
+
+
+def _evaluates(this: Run, writer: metrics.Writer, number: int) -> bool:
+    """Say whether there are held-out prompts, it is time for them, and a run that is resumed has not had them."""
+    interval = this.job.config.eval_interval
+    due = number in (0, this.total) or (interval > 0 and number % interval == 0)
+    return this.sampler.held_out is not None and due and number not in writer.evaluations
 
 
 def _check(this: Run, collected: Collected) -> None:

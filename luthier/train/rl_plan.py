@@ -65,12 +65,13 @@ def objective(config: RlConfig, dtype: Any) -> Objective:
     settings = known | given | {"importance_sampling_correction": _correction(config, known | given, dtype)}
     if "completion_length" in known:
         settings["completion_length"] = config.max_new_tokens
-    corrected = settings["importance_sampling_correction"] != "none"
+    # Another engine's log-probs are never the old policy's: their rounding would be taken for a policy that moved.
+    foreign = settings["importance_sampling_correction"] != "none" or config.rollout_engine == "vllm"
     return Objective(
         loss=functools.partial(policy.ALGORITHMS[name], **settings),
         settings=settings,
         habits=habits(config),
-        old="trainer" if updates(config) > 1 else "current" if corrected else "sampler",
+        old="trainer" if updates(config) > 1 else "current" if foreign else "sampler",
         entropy=config.log_entropy or config.entropy_coefficient > 0,
     )
 
@@ -119,10 +120,15 @@ def reward_paths(config: RlConfig) -> Sequence[str]:
 def devices(config: RlConfig, here: Sequence[Any] | None = None) -> tuple[Sequence[Any], Sequence[Any]]:
     """Return which of the devices ``here`` (default: all) train and which sample.
 
-    They are the same, but where the sampler works ahead. Raises UserError where the keys ask for devices that are not
-    there, or for what devices of several processes cannot do.
+    They are the same, but where the embedded engine works ahead: vLLM's devices are none of JAX's. Raises UserError
+    where the keys ask for devices that are not there, or for what these, or those of several processes, cannot do.
     """
     here = jax.devices() if here is None else here
+    if config.starts_servers and here[0].platform == "tpu":
+        raise UserError(
+            "rollout_engine=vllm: on a TPU host one process has all chips, so servers cannot be started beside it. Run "
+            "them on hosts of their own (`luthier vllm`), and set vllm_urls=..."
+        )
     own = sum(device.process_index == here[0].process_index for device in here)
     if own < len(here):
         _check_processes(config, own)
@@ -133,7 +139,7 @@ def devices(config: RlConfig, here: Sequence[Any] | None = None) -> tuple[Sequen
             f"chips_per_vm={count} does not divide the {len(here)} devices of this host. Give a divisor of {len(here)}."
         )
     used = here[:count]
-    if not config.max_staleness:
+    if not config.max_staleness or config.rollout_engine == "vllm":
         return used, used
     trains, samples = (
         int(share * count + 1e-9) for share in (config.trainer_devices_fraction, config.sampler_devices_fraction)
@@ -150,10 +156,10 @@ def _check_processes(config: RlConfig, own: int) -> None:
     """Raise UserError for keys that a run of several processes, of ``own`` devices each, does not have."""
     if config.chips_per_vm not in (0, own):
         raise UserError(f"chips_per_vm={config.chips_per_vm}: a run of several processes uses all {own} of each.")
-    if config.max_staleness:
+    if config.max_staleness and config.rollout_engine == "local":
         raise UserError(
             f"max_staleness={config.max_staleness}: of several processes all sample and train by turns. "
-            "Set max_staleness=0, or run one process."
+            "Set max_staleness=0, run one process, or have vLLM's servers sample (rollout_engine=vllm vllm_urls=...)."
         )
 
 
@@ -163,4 +169,4 @@ def _correction(config: RlConfig, settings: dict[str, Any], dtype: Any) -> str:
         return asked
     narrow = min(settings.get("epsilon_low", 1.0), settings.get("epsilon_high", 1.0)) < ROUNDING
     rounded = jnp.dtype(dtype).itemsize < 4 and narrow
-    return "token" if config.max_staleness or rounded else "none"
+    return "token" if config.max_staleness or rounded or config.rollout_engine == "vllm" else "none"

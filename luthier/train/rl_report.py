@@ -104,12 +104,15 @@ def summary(console: Console, place: Path, evaluations: Evaluations, tuning: Tun
 
 
 def _devices(config: RlConfig, trains: Mesh, samples: Mesh) -> str:
-    if not config.max_staleness:
-        return report.devices(trains)
-    return (
-        f"{report.devices(trains)} train, {report.devices(samples)} sample, at most {config.max_staleness} "
-        f"{'step' if config.max_staleness == 1 else 'steps'} behind"
-    )
+    if config.rollout_engine == "vllm":
+        servers = len(config.vllm_urls) or config.vllm_servers
+        sampler = f"{servers} vLLM {'server samples' if servers == 1 else 'servers sample'}"
+    else:
+        sampler = f"{report.devices(samples)} sample"
+    if config.max_staleness:
+        steps = "step" if config.max_staleness == 1 else "steps"
+        return f"{report.devices(trains)} train, {sampler}, at most {config.max_staleness} {steps} behind"
+    return report.devices(trains) if config.rollout_engine == "local" else f"{report.devices(trains)} train, {sampler}"
 
 
 def _loss(config: RlConfig, objective: rl_plan.Objective) -> str:
@@ -129,7 +132,9 @@ def _loss(config: RlConfig, objective: rl_plan.Objective) -> str:
 
 def mismatch(config: RlConfig, dtype: Any, number: int, apart: float) -> str:
     """Return what to say where sampler and trainer are too far apart, and the likely cause."""
-    if config.max_staleness:
+    if config.rollout_engine == "vllm":
+        cause = _of_vllm(config, dtype)
+    elif config.max_staleness:
         cause = (
             f"the sampler's weights are older (max_staleness={config.max_staleness}), which is corrected for; lower "
             "it, or learning_rate"
@@ -144,4 +149,20 @@ def mismatch(config: RlConfig, dtype: Any, number: int, apart: float) -> str:
     return (
         f"step {number}: log-probs of sampler and trainer differ by {apart:.2g} on average, over max_logp_difference="
         f"{config.max_logp_difference:g}. Likely: {cause}."
+    )
+
+
+def _of_vllm(config: RlConfig, dtype: Any) -> str:
+    """Return why vLLM's log-probs may be far from the trainer's."""
+    behind = max(config.max_staleness, config.weight_sync_interval - 1)
+    steps = "step" if behind == 1 else "steps"
+    older = f"vLLM's weights are up to {behind} {steps} older, which is corrected for; or " if behind else ""
+    if jnp.dtype(dtype).itemsize < 4:
+        return (
+            f"{older}vLLM computes in {jnp.dtype(dtype).name} by other kernels, which round otherwise. It is corrected "
+            "for, as long as it does not grow; dtype=float32 tells rounding from other causes"
+        )
+    return (
+        f"{older}vLLM computes something else, since in float32 both agree to 1e-3: with another dtype or quantised "
+        "weights (vllm_arguments), or another form of this model"
     )

@@ -25,7 +25,7 @@ from luthier.memory import GIB, available
 from luthier.model import param
 from luthier.model.param import Tree
 from luthier.rollout import environment, opened, prompts
-from luthier.rollout.engine import Sampling
+from luthier.rollout.engine import Sampling, SteppedEngine
 from luthier.rollout.environment import Edge, Environment
 from luthier.rollout.local import LocalEngine
 from luthier.rollout.opened import Described
@@ -200,7 +200,7 @@ def engine(
             version=version,
             record_routes=config.routing_replay,
         )
-        longest = max(each.longest for each in (trained, held_out) if each is not None)
+        longest = _longest(trained, held_out)
         length = longest + config.max_new_tokens
         sequences = config.prompts_per_step * config.num_generations
         found.reserve(sequences, min(length, found.limits.length or length))
@@ -208,11 +208,17 @@ def engine(
     return found
 
 
+def length(config: RlConfig, played: Game, trained: Tasks, held_out: Tasks | None) -> int:
+    """Return the most tokens that a prompt and its completion can have."""
+    found = _longest(trained, held_out) + config.max_new_tokens
+    return found if played.length is None else min(found, played.length)
+
+
 def sampler(
     job: Job[RlConfig],
     objective: Objective,
     played: Game,
-    found: LocalEngine,
+    found: SteppedEngine,
     trained: Tasks,
     held_out: Tasks | None,
     scorers: Scorers,
@@ -230,7 +236,12 @@ def sampler(
         make_environment=played.make_environment,
         tokenizer=played.tokenizer,
         mesh=mesh,
+        alone=job.config.rollout_engine == "vllm" and job.config.max_staleness > 0,
     )
+
+
+def _longest(trained: Tasks, held_out: Tasks | None) -> int:
+    return max(each.longest for each in (trained, held_out) if each is not None)
 
 
 def _tasks(config: RlConfig, rows: Rows, played: Game, console: Console, *, shuffle: bool) -> Tasks:

@@ -23,10 +23,9 @@ from luthier.algorithms.policy import Habits
 from luthier.config import RlConfig
 from luthier.rollout import episodes as episodes_lib
 from luthier.rollout import evaluation, workers
-from luthier.rollout.engine import Sampling
+from luthier.rollout.engine import Sampling, SteppedEngine
 from luthier.rollout.episodes import Episode, Task
 from luthier.rollout.failures import Failure
-from luthier.rollout.local import LocalEngine
 from luthier.rollout.workers import Scorers
 from luthier.train.tasks import Tasks
 from luthier.types import Trajectory
@@ -113,10 +112,13 @@ class Collected:
 
 @dataclass(frozen=True)
 class Sampler:
-    """What it takes to collect a step. To be called with the engine's mesh in use."""
+    """What it takes to collect a step. To be called with the engine's mesh in use.
+
+    All processes call it together, but where the first is ``alone`` and tells the others what came of it.
+    """
 
     config: RlConfig
-    engine: LocalEngine
+    engine: SteppedEngine
     tasks: Tasks
     held_out: Tasks | None
     scorers: Scorers
@@ -125,6 +127,7 @@ class Sampler:
     make_environment: Callable[[], Any] | None
     tokenizer: Any
     mesh: Mesh
+    alone: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -202,7 +205,11 @@ class Sampler:
         for index, episodes in played:
             waiting[index] = episodes, self.scorers.submit(episodes_lib.group(tasks[index], episodes))
         sampled = time.perf_counter()
-        rewards = processes.by_first(lambda: [_result(waiting[index][1], between) for index in range(len(tasks))])
+
+        def rewarded() -> list[workers.Scored]:
+            return [_result(waiting[index][1], between) for index in range(len(tasks))]
+
+        rewards = rewarded() if self.alone else processes.by_first(rewarded)
         groups = [self._scored(task, waiting[index][0], rewards[index]) for index, task in enumerate(tasks)]
         seconds["sampling"] += sampled - started
         seconds["reward"] += time.perf_counter() - sampled

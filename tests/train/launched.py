@@ -39,6 +39,7 @@ class Run:
         devices: int = 2,
         own: dict[int, Sequence[str]] | None = None,
         missing: Sequence[int] = (),
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         address = f"coordinator_address=127.0.0.1:{free_port()}"
@@ -47,7 +48,7 @@ class Run:
         for number in (each for each in range(count) if each not in missing):
             place = [address, f"num_processes={count}", f"process_id={number}"] if count > 1 else []
             arguments = [command, *keys, *place, *(own or {}).get(number, ())]
-            process = CONTEXT.Process(target=_run, args=(arguments, devices, self._logs[number]), daemon=True)
+            process = CONTEXT.Process(target=_run, args=(arguments, devices, self._logs[number], prepare), daemon=True)
             process.start()
             self.processes[number] = process
 
@@ -94,13 +95,15 @@ class Run:
             process.join()
 
 
-def _run(arguments: list[str], devices: int, log: Path) -> None:
-    """Be a process that was started by `luthier ARGUMENTS`."""
+def _run(arguments: list[str], devices: int, log: Path, prepare: Callable[[], None] | None) -> None:
+    """Be a process that was started by `luthier ARGUMENTS`, and changed by ``prepare``."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # not to be started anew for it
+    if prepare is not None:
+        prepare()
     sys.argv = ["luthier", *arguments]
     cli.entry()

@@ -11,7 +11,9 @@ import jax
 import pytest
 
 from luthier import config, mesh
+from luthier.train import feed_apart
 from luthier.train.feed import Ahead, InTurn
+from luthier.train.feed_apart import ApartAhead
 
 SECONDS = 10  # generous: nothing here takes a tenth of one
 
@@ -103,6 +105,77 @@ def test_what_goes_wrong_in_the_thread_is_raised_to_whoever_waits() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="step 2 went wrong"):
             feed.next()
+    with pytest.raises(ValueError, match="step 2 went wrong"):
+        feed.ask(lambda asked, between: None)
+    feed.close()
+
+
+class Servers:
+    """An engine in other processes, which has lost its weights until it is mended, where it is ``broken``."""
+
+    def __init__(self, broken: bool = False, interval: int = 1) -> None:
+        self.version, self.interval = 0, interval
+        self.there = threading.Event()
+        if not broken:
+            self.there.set()
+
+    def sync(self, params: Any, version: int = 0, *, now: bool = False) -> None:
+        if now or version - self.version >= self.interval:
+            self.version = version
+
+    def mend(self) -> None:
+        self.there.set()
+
+
+def apart(sampler: Sampler, engine: Servers, staleness: int = 1) -> ApartAhead:
+    def between_chunks() -> None:
+        assert engine.there.wait(SECONDS)
+        sampler.version = engine.version
+
+    original = sampler.collect
+
+    def collect(number: int, position: int, between: Any = None) -> Any:
+        between_chunks()
+        return original(number, position, between)
+
+    sampler.collect = collect  # type: ignore[method-assign]
+    return ApartAhead(sampler, engine, number=1, last=6, position=0, staleness=staleness)  # type: ignore[arg-type]
+
+
+@pytest.mark.timeout(60)
+def test_servers_that_came_back_are_given_weights_while_the_trainer_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_apart, "MEND_SECONDS", 0.01)
+    feed = apart(Sampler(), Servers(broken=True))
+    try:
+        assert feed.next().number == 1
+    finally:
+        feed.close()
+
+
+@pytest.mark.timeout(60)
+def test_sampling_ahead_of_servers_waits_for_what_they_were_sent() -> None:
+    sampler, engine = Sampler(), Servers(interval=2)
+    feed = apart(sampler, engine)
+    try:
+        for number in range(1, 7):
+            assert feed.next().number == number
+            feed.publish({}, number, now=number == 5)
+            assert engine.version == {5: 5, 6: 5}.get(number, number // 2 * 2)
+            if number == 5:
+                assert feed.ask(lambda asked, between: asked.engine is not None)
+    finally:
+        feed.close()
+    assert all(number - 1 - began <= 1 for number, (began, _) in sampler.seen.items())
+
+
+@pytest.mark.timeout(60)
+def test_what_goes_wrong_ahead_of_servers_is_raised() -> None:
+    sampler = Sampler()
+    sampler.failing_at = 2
+    feed = apart(sampler, Servers())
+    assert feed.next().number == 1
+    with pytest.raises(ValueError, match="step 2 went wrong"):
+        feed.next()
     with pytest.raises(ValueError, match="step 2 went wrong"):
         feed.ask(lambda asked, between: None)
     feed.close()

@@ -6,9 +6,10 @@ import pytest
 
 from luthier import mesh as mesh_lib
 from luthier.algorithms.sft import sft
-from luthier.config import SftConfig
+from luthier.config import RlConfig, SftConfig
 from luthier.errors import UserError
 from luthier.memory import GIB
+from luthier.model import param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
 from luthier.train import memory, optimizer, step
@@ -61,6 +62,17 @@ def test_a_plan_over_the_limit_says_what_fits() -> None:
     assert "gradient_accumulation_steps=2 the step stays the same" in str(no.value)
     with pytest.raises(UserError, match="not even one row fits: set remat_policy=full, mu_dtype=bfloat16"):
         memory.check(config(), plan, limit=11 * GIB, row=ROW)
+
+
+def test_vllms_weights_take_nothing_of_the_trainers() -> None:
+    mesh, tuning, compute = mesh_lib.make(config(), jax.devices()[:1]), Tuning(MODEL), Compute(jnp.bfloat16)
+
+    def taken(**keys: object) -> float:
+        return memory.sampling(RlConfig(model_name="x", **keys), tuning, mesh, compute) / param.count(MODEL.spec)
+
+    assert taken() == taken(max_staleness=1) == 2  # bytes of a weight: the embedded engine's copy
+    assert taken(rollout_engine="vllm") == taken(rollout_engine="vllm", max_staleness=1) == 0
+    assert taken(rollout_engine="vllm", beta=0.1) == 4  # the reference policy's
 
 
 def test_more_devices_take_less_each() -> None:

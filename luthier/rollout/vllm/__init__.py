@@ -1,0 +1,1 @@
+"""vLLM servers as the engine that completions are drawn by."""
