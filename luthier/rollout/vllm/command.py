@@ -133,6 +133,9 @@ def command(wanted: Wanted, model: Path, host: str, port: int, share: Share) -> 
     if len(share.gpus) > 1 and not any(each.partition("=")[0] in _SPLITS for each in given):
         options["--tensor-parallel-size"] = len(share.gpus)
     switches = ["--enable-scale-out", "--disable-uvicorn-access-log", *(["--enable-lora"] if wanted.lora_rank else [])]
+    if not share.gpus and "--enable-chunked-prefill" not in given:
+        # vLLM takes back a draw for each further piece of a prompt, which a CPU's generator cannot: it would end.
+        switches.append("--no-enable-chunked-prefill")
     said = [str(word) for option in options.items() for word in option]
     # By its module: the program `vllm` of the package for CPUs does not start.
     return [wanted.python, "-m", "vllm.entrypoints.openai.api_server", *said, *switches, *given]
