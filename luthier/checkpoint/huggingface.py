@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from luthier import processes
 from luthier.checkpoint import disk, placing, quantised
 from luthier.checkpoint import folder as whole
 from luthier.checkpoint import tensors as files
@@ -110,7 +111,7 @@ def save(
     """
     ours = _saved(params, spec, source, dtype)
     tensors = ours | {name: source.tensors[name] for name in _others(source, ours)}
-    if jax.process_index() == 0:
+    if processes.is_first():
         write(
             folder,
             tensors,

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from luthier import processes
 from luthier.checkpoint import disk, placing, tensors
 from luthier.checkpoint import folder as whole
 from luthier.checkpoint import source as sources
@@ -150,7 +151,7 @@ def save(
     own, ``card`` is the text of README.md. Where the disk refuses it is a RunError.
     """
     config, ours = outgoing(adapters, adapter_spec, adapter, source, origin)
-    if jax.process_index() == 0:
+    if processes.is_first():
         documents = {CONFIG: config, "README.md": card}
         write_tokenizer = partial(tokenizer_files.save, tokenizer, chat_template=chat_template)
         with disk.writing(place, "the adapter", lambda: "Make room, and run the same command again."):

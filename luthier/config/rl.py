@@ -20,14 +20,12 @@ from luthier.config.groups import (
     check_training,
 )
 from luthier.config.lora import LoraKeys, check_adapter
-from luthier.config.vllm import VllmKeys, check_engine
+from luthier.config.vllm import COLDEST, VllmKeys, check_engine
 from luthier.keys import Keys, key
 
 GSM8K = "openai/gsm8k"
 TOOLS = ("calculator",)
 """The built-in environments, which answer the model and reward nothing."""
-COLDEST = 0.01
-"""The lowest temperature over 0 that vLLM takes as it is."""
 
 
 class PolicyKeys(Keys):
@@ -183,6 +181,12 @@ class RlConfig(
     warmup_steps_fraction: Fraction = key(0.0, "Share of the steps spent warming up.")
 
     @property
+    def filters(self) -> list[str]:
+        """The keys that leave tokens out of what completions are drawn from."""
+        on = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
+        return [name for name, is_on in on.items() if is_on]
+
+    @property
     def environment_rewards(self) -> bool:
         """Whether rewards come from the environment, too."""
         return self.environment not in ("", *TOOLS)
@@ -264,8 +268,8 @@ def _vllm(config: RlConfig) -> str | None:
     """Return what is wrong of keys that vLLM's servers have no part in."""
     if config.rollout_engine != "vllm":
         return None
-    filters = {"top_k": config.top_k > 0, "top_p": config.top_p < 1, "min_p": config.min_p > 0}
-    if name := next((name for name, on in filters.items() if on), None):
+    if config.filters:
+        name = config.filters[0]
         return (
             f"{name}={getattr(config, name)} with rollout_engine=vllm: vLLM says how likely a token was among those "
             "that are left, and the policy loss needs to know how likely it was among all. Leave it out"

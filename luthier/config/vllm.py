@@ -20,6 +20,8 @@ TAKEN = (
     *("--logprobs-mode", "--generation-config"),
 )
 """Arguments of a server without which it would not take weights, or say another log-prob than the one it draws by."""
+COLDEST = 0.01
+"""The lowest temperature that vLLM samples at; it takes lower ones but 0 for this one."""
 
 
 class ServerKeys(Keys):

@@ -57,6 +57,6 @@ def held(job: Job, length: int, *, accumulates: bool) -> Held:
         trained += 4.0 * math.prod(leaf.sharding.shard_shape(leaf.shape))
     tokens = job.config.per_device_batch_size * length
     sizes = cost.saved(job.model.config, job.compute.remat) * jnp.dtype(job.compute.dtype).itemsize
-    split = job.mesh.shape["tensor"] * job.mesh.shape.get("context", 1)
+    split = job.mesh.shape["tensor"] * job.mesh.shape["context"]
     inside = {"gradients": trained * (2 if accumulates else 1), "activations": tokens * sizes / split}
     return Held({**weights, "optimizer": stages.held_bytes(state.opt_state)}, inside=inside)

@@ -7,7 +7,7 @@ at text only to find stop strings, with the tokenizer it was given for that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -40,6 +40,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int = 0
+
+    @property
+    def filtered(self) -> bool:
+        """Whether tokens may be left out of what is drawn from."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 @dataclass(frozen=True)
@@ -163,3 +168,30 @@ class SteppedEngine(Protocol):
     def forget(self) -> None:
         """Forget what was read before: the next requests are served as by an engine that has just been made."""
         ...
+
+
+def check_idle(engine: SteppedEngine) -> None:
+    """Raise RuntimeError where an engine is busy: what comes out of its steps is somebody else's."""
+    if engine.busy:
+        raise RuntimeError("the engine is busy with other requests: take their completions first")
+
+
+def drive(
+    engine: SteppedEngine, requests: Sequence[Request], on_piece: Callable[[Piece], None] | None = None
+) -> Iterator[Completion]:
+    """Yield the completions of requests by an engine's steps, as ``Engine.generate`` does of such as are checked."""
+    check_idle(engine)
+    numbers = {engine.submit(request): index for index, request in enumerate(requests)}
+    try:
+        while engine.busy:
+            for event in engine.step():
+                event = replace(event, request=numbers[event.request])
+                if isinstance(event, Completion):
+                    yield event
+                elif on_piece is not None:
+                    on_piece(event)
+    finally:
+        for number in numbers:
+            engine.cancel(number)
+        if engine.busy:  # with telling that these were cancelled
+            engine.step()

@@ -23,7 +23,7 @@ import numpy as np
 from luthier.errors import UserError
 from luthier.rollout import prompts, text
 from luthier.rollout.calls import Calls, Outcome, described
-from luthier.rollout.engine import Completion, Request, Sampling, SteppedEngine
+from luthier.rollout.engine import Completion, Request, Sampling, SteppedEngine, check_idle
 from luthier.rollout.environment import Environment, SingleTurn
 from luthier.rollout.playing import Playing
 from luthier.rollout.prompts import Prompt
@@ -96,8 +96,7 @@ def play(
     Raises RuntimeError where the engine is busy, and UserError naming a task that the engine cannot serve. Closing the
     iterator ends the rest.
     """
-    if engine.busy:
-        raise RuntimeError("the engine is busy with other requests: take their completions first")
+    check_idle(engine)
     engine.forget()
     show = functools.partial(_text, tokenizer, sampling.stop, continues)
     calls = Calls(workers, timeout, shared=make_environment is not None)

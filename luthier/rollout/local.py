@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from luthier.model.lora import Lora
 from luthier.model.model import Model
 from luthier.model.param import Param, Tree, map_spec
 from luthier.rollout import checks, programs
-from luthier.rollout.engine import Completion, Piece, Request
+from luthier.rollout.engine import Completion, Piece, Request, check_idle, drive
 from luthier.rollout.plan import Limits, Size, bucket, buckets
 from luthier.rollout.sampling import Settings
 from luthier.rollout.sequence import Sequence as Drawing
@@ -43,7 +43,6 @@ from luthier.rollout.slots import Placement, Slots
 
 STOP_TOKENS = (8, 80)  # stop tokens of a sequence, filled up to one of these, or to a multiple of the last
 NOTHING = Size(0, 0)
-BUSY = "the engine is busy with other requests: take their completions first"
 
 
 class Unread(NamedTuple):
@@ -181,11 +180,10 @@ class LocalEngine:
         """Yield each completion as it is finished; see ``engine.Engine``."""
         for request in requests:
             self.check(request)
-        if self.busy:
-            raise RuntimeError(BUSY)
+        check_idle(self)
         longest = max((len(each.prompt) + each.sampling.max_new_tokens for each in requests), default=2)
         self.reserve(sum(request.samples for request in requests), min(longest, self.limits.length or longest))
-        return self._generate(requests, on_piece)
+        return drive(self, requests, on_piece)
 
     def submit(self, request: Request, *, first: bool = False) -> int:
         """Let a request wait for its turn, or with ``first`` go before all that wait, and return its number.
@@ -221,7 +219,12 @@ class LocalEngine:
 
     def cancel(self, number: int) -> None:
         """End a request; what there is of its completions comes out of the next ``step``."""
-        self._cancelled += self._drop({number})
+        self._cancelled += [drawing for drawing in self._queue if drawing.request == number]
+        self._queue = deque(drawing for drawing in self._queue if drawing.request != number)
+        for row, drawing in self._slots:
+            if drawing.request == number:
+                self._slots.sequences[row] = None
+                self._cancelled.append(drawing)
 
     @property
     def busy(self) -> bool:
@@ -242,31 +245,6 @@ class LocalEngine:
                 self._slots.sequences[row] = None
                 ended.append(drawing.completion(self._routes(row, drawing.read)))
         return [*pieces, *ended]
-
-    def _drop(self, numbers: Collection[int]) -> list[Drawing]:
-        """Take the sequences of these requests out of queue and rows, and return them."""
-        dropped = [drawing for drawing in self._queue if drawing.request in numbers]
-        self._queue = deque(drawing for drawing in self._queue if drawing.request not in numbers)
-        for row, drawing in self._slots:
-            if drawing.request in numbers:
-                self._slots.sequences[row] = None
-                dropped.append(drawing)
-        return dropped
-
-    def _generate(self, requests: Sequence[Request], on_piece: Callable[[Piece], None] | None) -> Iterator[Completion]:
-        if self.busy:  # with what began after this was asked for
-            raise RuntimeError(BUSY)
-        numbers = {self.submit(request): index for index, request in enumerate(requests)}
-        try:
-            while self.busy:
-                for event in self.step():
-                    event = replace(event, request=numbers[event.request])
-                    if isinstance(event, Completion):
-                        yield event
-                    elif on_piece is not None:
-                        on_piece(event)
-        finally:
-            self._drop(numbers.keys())
 
     def _admit(self) -> None:
         """Give free rows to what waits longest, and read the prompts into them."""

@@ -101,11 +101,10 @@ def advice(config: RlConfig) -> list[str]:
         found.append("kl_estimator=k1: the gradient of its mean is 0, so beta pulls nowhere. Use k3-iw or k2.")
     if config.beta and config.kl_estimator == "k3":
         found.append("kl_estimator=k3: its gradient is that of the reverse divergence. k3-iw's is unbiased.")
-    filters = {"top_k": config.top_k > 0, "top_p": config.top_p < 1, "min_p": config.min_p > 0}
-    if named := [name for name, on in filters.items() if on]:
+    if config.filters:
         found.append(
-            f"{', '.join(named)}: completions are drawn from fewer tokens than the policy loss counts with, which "
-            "biases its gradient."
+            f"{', '.join(config.filters)}: completions are drawn from fewer tokens than the policy loss counts with, "
+            "which biases its gradient."
         )
     return found
 

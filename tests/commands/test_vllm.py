@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from fake import Fake
-from fleets import Names
+from fleets import Names, two
 
 from luthier import cli
 from luthier.rollout.chosen import Chosen
-from luthier.rollout.vllm import engine as engine_lib
-from luthier.rollout.vllm import fleet, servers
+from luthier.rollout.vllm import servers
 from tiny import ROOT
 
 REWARDS = ROOT / "tests" / "train" / "rl_rewards.py"
@@ -30,13 +29,9 @@ REWARDS = ROOT / "tests" / "train" / "rl_rewards.py"
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fake]]:
     """Two servers, which are sent nothing but the version of the weights."""
-    monkeypatch.setattr(fleet, "LOOK_SECONDS", 0.03)
-    monkeypatch.setattr(engine_lib, "STEP_SECONDS", 0.05)
     monkeypatch.setattr(Chosen, "_send", lambda self, opened, dtype: Names())
-    both = [Fake(), Fake()]
-    yield both
-    for each in both:
-        each.end()
+    with two(monkeypatch) as both:
+        yield both
 
 
 @pytest.fixture

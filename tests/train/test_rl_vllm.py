@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import test_rl
 from fake import Fake
-from fleets import Names
+from fleets import Names, two
 from launched import Run
 
 from luthier import cli, config
 from luthier.errors import UserError
-from luthier.rollout.vllm import engine as engine_lib
-from luthier.rollout.vllm import fleet
 from luthier.train import rl_plan, rl_report, rl_vllm
 
 pytestmark = pytest.mark.multiprocess
@@ -29,13 +27,9 @@ Go = Callable[..., Path]
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fake]]:
     """Two servers, which are sent nothing but the version of the weights."""
-    monkeypatch.setattr(fleet, "LOOK_SECONDS", 0.03)
-    monkeypatch.setattr(engine_lib, "STEP_SECONDS", 0.05)
     monkeypatch.setattr(rl_vllm, "_send", lambda job, base, dtype: Names())
-    servers = [Fake(), Fake()]
-    yield servers
-    for each in servers:
-        each.end()
+    with two(monkeypatch) as both:
+        yield both
 
 
 @pytest.fixture

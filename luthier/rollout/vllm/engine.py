@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from luthier import processes
+from luthier.config.vllm import COLDEST
 from luthier.errors import RunError, UserError
 from luthier.model.param import Tree
 from luthier.rollout import checks
-from luthier.rollout.engine import Completion, Piece, Request
+from luthier.rollout.engine import Completion, Piece, Request, drive
 from luthier.rollout.vllm.asking import Asking
 from luthier.rollout.vllm.client import Answer, Asked, Client
 from luthier.rollout.vllm.fleet import Fleet, Servers
@@ -35,8 +36,6 @@ from luthier.rollout.vllm.sending import Send
 
 STEP_SECONDS = 0.5
 """The longest that a step waits for a completion, so that whoever drives the engine may do something else."""
-COLDEST = 0.01
-"""Lower temperatures but 0 are taken for this one by vLLM."""
 
 Key = tuple[int, int]
 
@@ -132,7 +131,7 @@ class VllmEngine:
         how = request.sampling
         if 0 < how.temperature < COLDEST:
             raise UserError(f"temperature={how.temperature}: vLLM takes 0 (the likeliest token) or {COLDEST} and more.")
-        if how.logprobs and (how.top_k or how.top_p < 1 or how.min_p):
+        if how.logprobs and how.filtered:
             raise UserError(
                 f"logprobs={how.logprobs}: vLLM tells the likeliest tokens of what top_k, top_p and min_p have left "
                 "alone. Leave those out, or set rollout_engine=local."
@@ -197,7 +196,7 @@ class VllmEngine:
         """Yield each completion as it is finished; see ``engine.Engine``."""
         for request in requests:
             self.check(request)
-        return self._generate(requests, on_piece)
+        return drive(self, requests, on_piece)
 
     def close(self) -> None:
         """End what is under way, and the servers that are the run's own."""
@@ -271,20 +270,3 @@ class VllmEngine:
                 raise answer
             if key in self._under_way:
                 heard.append((key, answer))
-
-    def _generate(self, requests: Sequence[Request], on_piece: Callable[[Piece], None] | None) -> Iterator[Completion]:
-        if self.busy:
-            raise RuntimeError("the engine is busy with other requests: take their completions first")
-        numbers = {self.submit(request): index for index, request in enumerate(requests)}
-        try:
-            while self.busy:
-                for event in self.step():
-                    event = replace(event, request=numbers[event.request])
-                    if isinstance(event, Completion):
-                        yield event
-                    elif on_piece is not None:
-                        on_piece(event)
-        finally:
-            for number in numbers:
-                self.cancel(number)
-            self._cancelled.clear()

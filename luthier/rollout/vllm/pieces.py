@@ -24,17 +24,7 @@ NOTHING = Answer(
 
 def completion(request: int, sample: int, answer: Answer) -> Completion:
     """Return an answer as the completion of a request's sample."""
-    return Completion(
-        request,
-        sample,
-        answer.tokens_T,
-        answer.logp_T,
-        answer.softmax_logp_T,
-        answer.versions_T,
-        answer.finish,
-        answer.stopped_by,
-        answer.alternatives,
-    )
+    return Completion(request, sample, **vars(answer))
 
 
 def pieces(request: int, sample: int, answer: Answer) -> Iterator[Piece]:

@@ -29,6 +29,9 @@ class Sent(NamedTuple):
     bytes: int
 
 
+NOTHING = Sent({}, 0.0, 0)
+
+
 class Send(Protocol):
     """Brings weights to servers."""
 
@@ -65,6 +68,10 @@ class Whole:
         self, params: Tree, version: int, stale: Sequence[Client], fresh: Sequence[Client], *, whole: bool, call: Call
     ) -> Sent:
         """Bring all weights to all of these servers."""
+        if not (stale or fresh):  # not the first process: it does its part in gathering alone
+            for _ in self.tensors(params):
+                pass
+            return NOTHING
         to = Transfer([*stale, *fresh], call, version, pause_mode=self.pause_mode, timeout=self.timeout)
         with to:
             for name, array in self.tensors(params):
@@ -93,10 +100,12 @@ class Adapted:
         self, params: Tree, version: int, stale: Sequence[Client], fresh: Sequence[Client], *, whole: bool, call: Call
     ) -> Sent:
         """Bring the base to the fresh ones, and the adapter to all."""
-        first = Sent({}, 0.0, 0)
+        first = NOTHING
         if whole:
             first = Whole(self.base, self.pause_mode, self.timeout)(params, version, (), fresh, whole=True, call=call)
         well = [client for client in (*stale, *fresh) if client not in first.failed]
         files = self.files(params)
+        if not well:
+            return first
         then = send_adapter(well, call, version, files, name=ADAPTER, pause_mode=self.pause_mode, timeout=self.timeout)
         return Sent({**first.failed, **then.failed}, first.seconds + then.seconds, first.bytes + then.bytes)

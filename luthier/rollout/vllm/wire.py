@@ -172,5 +172,4 @@ def _both(logp_T: np.ndarray, how: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Return the log-probs as drawn, and under the whole softmax: at temperature 0 the server says those at 1."""
     if how.temperature == 0:
         return np.zeros_like(logp_T), logp_T
-    filtered = how.top_k > 0 or how.top_p < 1 or how.min_p > 0
-    return logp_T, np.full_like(logp_T, np.nan) if filtered else logp_T
+    return logp_T, np.full_like(logp_T, np.nan) if how.filtered else logp_T

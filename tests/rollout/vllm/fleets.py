@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 from fake import VOCAB, Fake, token
 
 from luthier.errors import RunError, UserError
 from luthier.rollout.engine import Completion, Request, Sampling
+from luthier.rollout.vllm import engine as engine_lib
+from luthier.rollout.vllm import fleet
 from luthier.rollout.vllm.client import Client, Failure, Pause
 from luthier.rollout.vllm.engine import VllmEngine
 from luthier.rollout.vllm.fleet import Elsewhere
@@ -53,6 +57,17 @@ class Names:
         await client.reset_prefix_cache()
         await client.set_version(version)
         await client.resume()
+
+
+@contextlib.contextmanager
+def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fake]]:
+    """Run two servers, which engines look at often."""
+    monkeypatch.setattr(fleet, "LOOK_SECONDS", 0.03)
+    monkeypatch.setattr(engine_lib, "STEP_SECONDS", 0.05)
+    both = [Fake(), Fake()]
+    yield both
+    for each in both:
+        each.end()
 
 
 def engine(
