@@ -4,8 +4,9 @@
 
 Both take the same prompts in the same order from the same seeds. Their draws differ, since their generators do, so that
 curves agree within the noise of sampling and no better: the last column is the mean difference over some steps, with
-its standard error from the steps and seeds in it. The reward is the share of even tokens, which every model can learn
-in a few steps. Further `key=value` arguments are for `luthier rl`, on both sides.
+its standard error over seeds, since a run that is ahead stays so for a while and its steps do not count one by one.
+The reward is the share of even tokens, which every model can learn in a few steps. Further `key=value` arguments are
+for `luthier rl`, on both sides.
 
 Left out on purpose: speed (`rl.py`).
 """
@@ -97,12 +98,12 @@ def print_table(curves: dict[str, np.ndarray], window: int) -> None:
 
 
 def difference(parts: Sequence[np.ndarray]) -> str:
-    """Return the second engine's mean reward less the first one's, and the standard error of that."""
+    """Return the second engine's mean reward less the first one's, and the standard error of that over seeds."""
     if len(parts) < 2:
         return ""
-    apart = (parts[1] - parts[0]).reshape(-1)
-    error = apart.std(ddof=1) / np.sqrt(apart.size) if apart.size > 1 else float("nan")
-    return f"{apart.mean():+.3f} ± {error:.3f}"
+    apart_R = (parts[1] - parts[0]).mean(axis=1)
+    error = apart_R.std(ddof=1) / np.sqrt(apart_R.size) if apart_R.size > 1 else float("nan")
+    return f"{apart_R.mean():+.3f} ± {error:.3f}"
 
 
 if __name__ == "__main__":
