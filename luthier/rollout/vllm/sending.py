@@ -30,6 +30,7 @@ class Sent(NamedTuple):
 
 
 NOTHING = Sent({}, 0.0, 0)
+"""A sync of no server, as processes other than the first see it."""
 
 
 class Send(Protocol):
