@@ -82,6 +82,12 @@ class ModelKeys(SourceKeys):
     dtype: Literal["auto", "bfloat16", "float32"] = key(
         "auto", "Type of the computation; `auto`: bfloat16 where the platform has a fast bfloat16 matmul."
     )
+    float32_activations: Literal["auto", "none", "residual", "attention"] = key(
+        "auto",
+        "What stays fp32 where `dtype` is bfloat16: `residual`, the stream that layers add to; `attention`, that, all "
+        "of attention, and what an MLP's first products give. `auto`: `attention` in `luthier rl` with its own engine "
+        "on a CPU, else `none`.",
+    )
     attention: Literal["auto", "blockwise", "cudnn", "splash"] = key(
         "auto", "Attention kernel; `auto` takes the platform's best."
     )

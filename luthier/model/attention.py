@@ -57,6 +57,7 @@ def attention(
     sinks_N: jax.Array | None = None,
     past: LayerPast | None = None,
     context: str | None = None,
+    gradient_dtype: Any = None,
 ) -> jax.Array:
     """Return ``[B, T, N, H]``: each token attends to the tokens of its segment up to itself, by their order in the row.
 
@@ -72,7 +73,8 @@ def attention(
     tanh(s / softcap)`` (Gemma 2, arXiv 2408.00118). ``sinks_N`` is a score for each query head that takes its share of
     the softmax and has no value (gpt-oss, arXiv 2508.10925). With a ``past``, rows go on from what is cached of them,
     and have no segments. ``context`` says that rows lie over the mesh's ``context`` axis in the order of ``zigzag``,
-    and how keys and values get to the queries: "all_gather" or "ring".
+    and how keys and values get to the queries: "all_gather" or "ring". ``gradient_dtype`` is ``blockwise``'s; other
+    kernels go backward in the type of the queries.
 
     Raises UserError where ``implementation`` ("auto", "blockwise", "cudnn" or "splash") cannot run here, ValueError for
     prefixed segments where ``shares_prompts`` says no, or without positions where there is a ``window``.
@@ -89,6 +91,8 @@ def attention(
         kernel = functools.partial(across, ring=context == "ring")
     elif context is not None:
         kernel = functools.partial(gathering, kernel)
+    elif kernel is blockwise:
+        kernel = functools.partial(blockwise, gradient_dtype=gradient_dtype)
     kernel = functools.partial(kernel, scale=scale, window=window, softcap=softcap)
     with jax.named_scope("attention_kernel"):
         return _over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH, segments, sinks_N, None if context is None else zigzag.AXIS)

@@ -44,11 +44,17 @@ def blockwise(
     scale: float,
     window: int | None,
     softcap: float | None = None,
+    gradient_dtype: Any = None,
 ) -> jax.Array:
-    """Return causal attention within segments, ``[B, T, N, H]``; arguments as in ``attention``."""
+    """Return causal attention within segments, ``[B, T, N, H]``; arguments as in ``attention``.
+
+    The backward pass finds queries, keys and values saved in ``gradient_dtype`` (default: the queries' own), and its
+    products are computed in that.
+    """
     B, T, N, _ = q_BTNH.shape
     K, H = v_BSKH.shape[2:]
-    plan, *arrays = _laid_out(q_BTNH, k_BSKH, v_BSKH, segments, sinks_N, _Scoring(scale, window, softcap))
+    scoring = _Scoring(scale, window, softcap, jnp.dtype(gradient_dtype or q_BTNH.dtype))
+    plan, *arrays = _laid_out(q_BTNH, k_BSKH, v_BSKH, segments, sinks_N, scoring)
     o_BKRH = _differentiable_attend(plan, *arrays)
     o_BTNH = o_BKRH.reshape(B, K, -1, plan.group, H).transpose(0, 2, 1, 3, 4).reshape(B, -1, N, H)
     return o_BTNH[:, :T]
@@ -96,11 +102,12 @@ def _laid_out(
 
 @dataclass(frozen=True)
 class _Scoring:
-    """How scores are made of products, as in ``attention``."""
+    """How scores are made of products, as in ``attention``, and the type of the gradients' products."""
 
     scale: float
     window: int | None
     softcap: float | None
+    gradient_dtype: Any = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,7 @@ def _attend(plan: _Plan, q_BKRH: Any, k_BKSH: Any, v_BKSH: Any, segments: Any, s
 
 def _attend_forward(plan: _Plan, q_BKRH: Any, k_BKSH: Any, v_BKSH: Any, segments: Any, sinks_KG: Any) -> Any:
     o_BKRH, lse_BKR = _outputs(plan, q_BKRH, k_BKSH, v_BKSH, segments, sinks_KG)
+    q_BKRH, k_BKSH, v_BKSH = (x.astype(plan.scoring.gradient_dtype) for x in (q_BKRH, k_BKSH, v_BKSH))
     # Named here, so that the "dots" policy of `layers.remat` keeps just what the gradient needs, in this layout.
     arrays = (q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR)
     q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR = (checkpoint_name(x, "attention") for x in arrays)
@@ -222,6 +230,7 @@ def _query_block(
 def _attend_backward(plan: _Plan, saved: Any, do_BKRH: jax.Array) -> tuple[Any, ...]:
     q_BKRH, k_BKSH, v_BKSH, segments, sinks_KG, o_BKRH, lse_BKR = saved
     delta_BKR = jnp.sum(do_BKRH.astype(jnp.float32) * o_BKRH.astype(jnp.float32), axis=-1)
+    own, do_BKRH = do_BKRH.dtype, do_BKRH.astype(q_BKRH.dtype)
     keys = (k_BKSH, transposed(k_BKSH), v_BKSH)
     dq_BKHR, spans = jnp.zeros(q_BKRH.mT.shape, jnp.float32), []
     for first, end in plan.spans:
@@ -233,7 +242,7 @@ def _attend_backward(plan: _Plan, saved: Any, do_BKRH: jax.Array) -> tuple[Any, 
         spans.append(parts)
     dk_BKSH, dv_BKSH = (jnp.concatenate(parts, axis=2) for parts in zip(*spans, strict=True))
     dsinks_KG = None if sinks_KG is None else _sinks_gradient(sinks_KG, lse_BKR, delta_BKR)
-    return fence(dq_BKHR.astype(q_BKRH.dtype)).mT, dk_BKSH, dv_BKSH, None, dsinks_KG
+    return fence(dq_BKHR.astype(own)).mT, dk_BKSH.astype(own), dv_BKSH.astype(own), None, dsinks_KG
 
 
 def _sinks_gradient(sinks_KG: jax.Array, lse_BKR: jax.Array, delta_BKR: jax.Array) -> jax.Array:

@@ -1,4 +1,10 @@
-"""How a model is computed, as against what it computes: settings that never change a result beyond rounding."""
+"""How a model is computed, as against what it computes: settings that never change a result beyond rounding.
+
+Rounding matters where two programs are to agree, as sampler and trainer are. They round the same numbers at the same
+places, but add them up in other orders, so that now and then one lands on the other side of a bf16 number's edge; after
+a few layers the two are as far from each other as either is from fp32. What helps is to round less often:
+``Compute.float32``.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +20,58 @@ from luthier import mesh
 
 @dataclass(frozen=True)
 class Compute:
-    """The type of activations, the attention kernel, what the backward pass recomputes, and how keys and values reach
-    queries on other devices of the ``context`` axis.
+    """The type that weights are multiplied in, the attention kernel, what the backward pass recomputes, how keys and
+    values reach queries on other devices of the ``context`` axis, and what is fp32 whatever the type.
+
+    ``float32`` is "none", "residual" (the stream that layers add to, and what they add) or "attention" (that, all of
+    attention, and what a dense feed-forward block's first products give; what goes into attention's own products is not
+    rounded either). Gradients are computed in ``dtype`` all the same, and experts too.
     """
 
     dtype: Any = jnp.float32
     attention: str = "auto"
     remat: str = "none"
     context: str = "all_gather"
+    float32: str = "none"
+
+    @property
+    def stream(self) -> Any:
+        """The type of the stream that layers add to."""
+        return self.dtype if self.float32 == "none" else jnp.float32
+
+    @property
+    def attention_dtype(self) -> Any:
+        """The type of what goes into attention, and through it."""
+        return jnp.float32 if self.float32 == "attention" else self.dtype
+
+    @property
+    def inner(self) -> Any:
+        """The type of what a feed-forward block's first products give."""
+        return self.attention_dtype
 
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """Return the context to trace in: fp32 stays fp32, not the shorter types that GPUs and TPUs multiply it in."""
-        if self.dtype != jnp.float32 or mesh.platform() == "cpu":
+        if self.attention_dtype != jnp.float32 or mesh.platform() == "cpu":
             return contextlib.nullcontext()
         return jax.default_matmul_precision("highest")
+
+    @property
+    def described(self) -> str:
+        """The types, in words."""
+        kept = {"none": "", "residual": "residual stream", "attention": "residual stream and attention"}[self.float32]
+        name = jnp.dtype(self.dtype).name
+        return f"{name} ({kept} in float32)" if kept and self.dtype != jnp.float32 else name
+
+
+def kept_in_float32(key: str, *, scored: bool) -> str:
+    """Return what ``float32_activations`` means here, as ``Compute.float32`` says it.
+
+    ``scored`` says that a trainer scores what it sampled itself. Then "auto" is "attention" on a CPU, and "none" where
+    the fast attention kernels are bf16's alone.
+    """
+    if key != "auto":
+        return key
+    return "attention" if scored and mesh.platform() == "cpu" else "none"
 
 
 def fast_dtype() -> Any:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 
+import jax.numpy as jnp
+
+from luthier.model.compute import Compute
 from luthier.model.decoder import Decoder
 from luthier.model.param import leaves
 
@@ -38,11 +41,14 @@ def flops_per_token(decoder: Decoder, length: int, *, frozen: bool = False) -> f
     return (4.0 if frozen else 6.0) * multiplied(decoder) + attention
 
 
-def saved(decoder: Decoder, remat: str) -> int:
-    """Return how many numbers of a token the backward pass finds saved, by policy of ``layers.remat``."""
-    inputs = len(decoder.layers) * decoder.hidden_size
-    made = sum(layer.attention.widths + layer.mlp.widths for layer in decoder.layers)
-    return {"full": inputs, "dots": 2 * inputs + made, "none": 4 * inputs + 2 * made}[remat]
+def saved_bytes(decoder: Decoder, compute: Compute) -> int:
+    """Return the bytes of a token that the backward pass finds saved, by policy of ``layers.remat``."""
+    stream, attended, own = (
+        jnp.dtype(each).itemsize for each in (compute.stream, compute.attention_dtype, compute.dtype)
+    )
+    inputs = stream * len(decoder.layers) * decoder.hidden_size
+    made = sum(attended * layer.attention.widths + own * layer.mlp.widths for layer in decoder.layers)
+    return {"full": inputs, "dots": 2 * inputs + made, "none": 4 * inputs + 2 * made}[compute.remat]
 
 
 def widest(decoder: Decoder) -> int:

@@ -244,7 +244,7 @@ def forward(
         x_BTD = embedding.rows(params["embed"], tokens_BT, compute.dtype, _time(context))
         if decoder.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(decoder.embed_scale, compute.dtype)
-        x_BTD = mesh.constrain(x_BTD, "batch", _time(context), "norm")
+        x_BTD = mesh.constrain(x_BTD.astype(compute.stream), "batch", _time(context), "norm")
     here = Here(positions_BT, segments, compute, _rotations(decoder, positions_BT), context=context)
     fresh: dict[str, Fresh] = {}
     routed: list[Any] = []
@@ -254,7 +254,7 @@ def forward(
         fresh |= of_run
         routed += sent
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routed) if routed else None
-    x_BTD = decoder.norm.apply(params["norm"], x_BTD)
+    x_BTD = decoder.norm.apply(params["norm"], x_BTD).astype(compute.dtype)
     if context is not None:
         x_BTD = zigzag.restored(x_BTD, length)
         whole = whole and replace(whole, chosen_BTk=zigzag.natural(whole.chosen_BTk, length, axis=2))
@@ -311,13 +311,17 @@ def _run(
 
 
 def _layer(norm: Norm, layer: Layer, here: Here, x_BTD: jax.Array, p: Tree) -> tuple[jax.Array, Fresh, Any]:
-    def normed(place: str, x_BTD: jax.Array) -> jax.Array:
-        return norm.apply(p[place], x_BTD) if place in p else x_BTD
+    compute = here.compute
+
+    def normed(place: str, x_BTD: jax.Array, dtype: Any) -> jax.Array:
+        return (norm.apply(p[place], x_BTD) if place in p else x_BTD).astype(dtype)
 
     with jax.named_scope("attention"):
-        out_BTD, fresh = layer.attention.apply(p["attention"], normed("before_attention", x_BTD), here)
-        x_BTD = x_BTD + normed("after_attention", out_BTD)
+        out_BTD, fresh = layer.attention.apply(
+            p["attention"], normed("before_attention", x_BTD, compute.attention_dtype), here
+        )
+        x_BTD = x_BTD + normed("after_attention", out_BTD, compute.stream)
     with jax.named_scope("mlp"):
-        out_BTD, routed = layer.mlp.apply(p["mlp"], normed("before_mlp", x_BTD), here)
-        x_BTD = x_BTD + normed("after_mlp", out_BTD)
+        out_BTD, routed = layer.mlp.apply(p["mlp"], normed("before_mlp", x_BTD, compute.dtype), here)
+        x_BTD = x_BTD + normed("after_mlp", out_BTD, compute.stream)
     return mesh.constrain(x_BTD, "batch", _time(here.context), "norm"), fresh, routed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,21 @@ from luthier.model.lora import Lora, row_norms
 from luthier.model.quant import gathered, is_quantised
 
 
-def dense(einsum: str, x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
-    """Return ``einsum(x, w)`` in ``out_dtype`` (default: that of ``x``), computed in the type of ``x``.
+class Types(NamedTuple):
+    """Of a product: the type of ``x``, the one it is computed in, and the one of what comes out."""
+
+    x: Any
+    dtype: Any
+    out: Any
+
+
+def dense(
+    einsum: str, x: jax.Array, w: Any, *, dtype: Any = None, out_dtype: Any = None, keep: bool = True
+) -> jax.Array:
+    """Return ``einsum(x, w)`` in ``out_dtype``, computed in ``dtype``; both are the type of ``x`` where left out.
+
+    An ``x`` of a longer type than ``dtype`` is not rounded to it but goes in as two numbers, which makes the product
+    twice as long. ``w`` is rounded, and in the gradients' products ``x`` is.
 
     ``einsum`` contracts the last axes of ``x`` with the first axes of ``w`` (``BTD,DF->BTF``: stored input first) or
     with its last (``BTF,DF->BTD``: stored output first). Both are as fast going forward; in the gradient of ``w``,
@@ -30,18 +43,20 @@ def dense(einsum: str, x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Ar
 
     The gradient of ``w`` has the type of ``w`` and is summed over tokens in fp32, whatever the type of ``x``. Of a
     quantised ``w`` there is none, and of a ``Lora`` that of the adapter alone.
+    Without ``keep``, the "dots" policy of ``layers.remat`` does not save what comes out, since another form of it is.
     Raises ValueError where ``einsum`` has another form.
     """
     _weight_axes(einsum)
-    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    types = Types(x.dtype, jnp.dtype(dtype or x.dtype), jnp.dtype(out_dtype or x.dtype))
+    y: Any
     if isinstance(w, Lora):
-        y = _adapted(einsum, out_dtype, x, w)
+        y = _adapted(einsum, types, x, w)
     elif is_quantised(w):
-        y = _frozen_dense(einsum, out_dtype, x, w)
+        y = _frozen_dense(einsum, types, x, w)
     else:
-        y = _array_dense(einsum, out_dtype, x, w)
+        y = _array_dense(einsum, types, x, w)
     # Named here, so that the "dots" policy of `layers.remat` finds every matmul of a layer.
-    return checkpoint_name(y, "dense")
+    return checkpoint_name(y, "dense") if keep else y
 
 
 def biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -50,88 +65,90 @@ def biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _array_dense(einsum: str, out_dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _product(einsum, x, w.astype(x.dtype), out_dtype)
+def _array_dense(einsum: str, types: Types, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _exact_product(einsum, types, x, w.astype(types.dtype))
 
 
-def _array_dense_forward(einsum: str, out_dtype: Any, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+def _array_dense_forward(einsum: str, types: Types, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
     # The master is kept and cast again in the backward pass: a scan over layers then saves no copy of the weights.
-    return _array_dense(einsum, out_dtype, x, w), (x, w)
+    return _array_dense(einsum, types, x, w), (x.astype(types.dtype), w)
 
 
-def _array_dense_backward(einsum: str, out_dtype: Any, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _array_dense_backward(einsum: str, types: Types, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
-    dy = dy.astype(x.dtype)
+    dy = dy.astype(types.dtype)
     x_axes, w_axes, y_axes = _split(einsum)
-    dx = _product(f"{y_axes},{w_axes}->{x_axes}", dy, w.astype(x.dtype), x.dtype)
+    dx = _product(f"{y_axes},{w_axes}->{x_axes}", dy, w.astype(types.dtype), types.x)
     return dx, _weight_gradient(einsum, x, dy).astype(w.dtype)
 
 
 _array_dense.defvjp(_array_dense_forward, _array_dense_backward)
 
 
-def _frozen_dense(einsum: str, out_dtype: Any, x: jax.Array, w: Any) -> jax.Array:
+def _frozen_dense(einsum: str, types: Types, x: jax.Array, w: Any) -> jax.Array:
     """Return the product with a weight, an array or quantised, that has no gradient."""
-    return _frozen(einsum, out_dtype, x.dtype, x, w)
+    return _frozen(einsum, types, x, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _frozen(einsum: str, out_dtype: Any, dtype: Any, x: jax.Array, w: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _frozen(einsum: str, types: Types, x: jax.Array, w: Any) -> jax.Array:
     if not is_quantised(w):
-        return _product(einsum, x, w.astype(dtype), out_dtype)
+        return _exact_product(einsum, types, x, w.astype(types.dtype))
     contracted, out, out_first = _weight_axes(einsum)
     lead = x.ndim - contracted
     rows = _split(einsum)[0][:lead]
-    y = _product(f"{rows}i,oi->{rows}o", x.reshape(*x.shape[:lead], -1), gathered(w).matrix(dtype), out_dtype)
+    matrix_OI = gathered(w).matrix(types.dtype)
+    y = _exact_product(f"{rows}i,oi->{rows}o", types, x.reshape(*x.shape[:lead], -1), matrix_OI)
     return y.reshape(*x.shape[:lead], *(w.shape[:out] if out_first else w.shape[contracted:]))
 
 
-def _frozen_forward(einsum: str, out_dtype: Any, dtype: Any, x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
+def _frozen_forward(einsum: str, types: Types, x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
     # Of a quantised weight the codes are kept, and of `x` nothing.
-    return _frozen(einsum, out_dtype, dtype, x, w), w
+    return _frozen(einsum, types, x, w), w
 
 
-def _frozen_backward(einsum: str, out_dtype: Any, dtype: Any, w: Any, dy: jax.Array) -> tuple[jax.Array, None]:
+def _frozen_backward(einsum: str, types: Types, w: Any, dy: jax.Array) -> tuple[jax.Array, None]:
     x_axes, w_axes, y_axes = _split(einsum)
-    dy = dy.astype(dtype)
+    dy = dy.astype(types.dtype)
     if not is_quantised(w):
-        return _product(f"{y_axes},{w_axes}->{x_axes}", dy, w.astype(dtype), dtype), None
+        return _product(f"{y_axes},{w_axes}->{x_axes}", dy, w.astype(types.dtype), types.x), None
     contracted, out, out_first = _weight_axes(einsum)
     lead = dy.ndim - out
     rows = y_axes[:lead]
-    dx = _product(f"{rows}o,oi->{rows}i", dy.reshape(*dy.shape[:lead], -1), gathered(w).matrix(dtype), dtype)
+    matrix_OI = gathered(w).matrix(types.dtype)
+    dx = _product(f"{rows}o,oi->{rows}i", dy.reshape(*dy.shape[:lead], -1), matrix_OI, types.x)
     return dx.reshape(*dy.shape[:lead], *(w.shape[out:] if out_first else w.shape[:contracted])), None
 
 
 _frozen.defvjp(_frozen_forward, _frozen_backward)
 
 
-def _adapted(einsum: str, out_dtype: Any, x: jax.Array, w: Lora) -> jax.Array:
+def _adapted(einsum: str, types: Types, x: jax.Array, w: Lora) -> jax.Array:
     """Return the product with a weight and its adapter.
 
     With DoRA (arXiv 2402.09353, equation 5), rows of the sum of both are scaled to ``magnitude``, and what scales them
     is constant in the gradient but for the magnitude itself (section 4.3). As in PEFT, the base's part of what DoRA
     changes has dropout too.
     """
-    y = _frozen_dense(einsum, out_dtype, x, w.base)
+    y = _frozen_dense(einsum, types, x, w.base)
     dropped = x if w.key is None else _dropout(x, w.key, w.rate)
-    delta = _delta(einsum, out_dtype, dropped, w).reshape(y.shape)
+    delta = _delta(einsum, types, dropped, w).reshape(y.shape)
     if w.magnitude is None:
         return y + delta
     out = _weight_axes(einsum)[1]
-    factor = dora_factor(einsum, w).reshape(y.shape[y.ndim - out :]).astype(out_dtype)
+    factor = dora_factor(einsum, w).reshape(y.shape[y.ndim - out :]).astype(types.out)
     if w.key is None:
         return factor * (y + delta)
-    return y + (factor - 1) * _frozen_dense(einsum, out_dtype, dropped, w.base) + factor * delta
+    return y + (factor - 1) * _frozen_dense(einsum, types, dropped, w.base) + factor * delta
 
 
-def _delta(einsum: str, out_dtype: Any, x: jax.Array, w: Lora) -> jax.Array:
+def _delta(einsum: str, types: Types, x: jax.Array, w: Lora) -> jax.Array:
     """Return what an adapter adds, its output axes flattened to one."""
     axes = _split(einsum)[0][: x.ndim - _weight_axes(einsum)[0]]
-    inner = _array_dense(f"{axes}i,ri->{axes}r", x.dtype, x.reshape(*x.shape[: len(axes)], -1), w.a)
+    inner = _array_dense(f"{axes}i,ri->{axes}r", types._replace(out=types.x), x.reshape(*x.shape[: len(axes)], -1), w.a)
     inner = scaled(checkpoint_name(inner, "dense"), w)
     # The narrow side first, see `dense`.
-    return _array_dense(f"{axes}r,ro->{axes}o", out_dtype, inner, w.b.T)
+    return _array_dense(f"{axes}r,ro->{axes}o", types, inner, w.b.T)
 
 
 def scaled(inner: jax.Array, w: Lora) -> jax.Array:
@@ -170,6 +187,20 @@ def _rows_by_columns(einsum: str, w: Any) -> jax.Array:
     if out_first:
         return w.reshape(math.prod(w.shape[:out]), -1)
     return w.reshape(math.prod(w.shape[:contracted]), -1).T
+
+
+def _exact_product(einsum: str, types: Types, x: jax.Array, w: jax.Array) -> jax.Array:
+    """Return the product with a ``w`` of ``types.dtype``; an ``x`` that is longer goes in as two such numbers."""
+    if x.dtype == types.dtype:
+        return _product(einsum, x, w, types.out)
+    short = jnp.finfo(types.dtype)
+    # Not by casting there and back, which XLA takes for nothing at all.
+    high = jax.lax.reduce_precision(x, short.nexp, short.nmant)
+    x_axes, w_axes, y_axes = _split(einsum)
+    at = x.ndim - _weight_axes(einsum)[0]
+    both = jnp.stack([high, x - high], axis=at).astype(types.dtype)
+    y = _product(f"{x_axes[:at]}z{x_axes[at:]},{w_axes}->{y_axes[:at]}z{y_axes[at:]}", both, w, x.dtype)
+    return y.sum(axis=at).astype(types.out)
 
 
 def _product(einsum: str, x: jax.Array, w: jax.Array, out_dtype: Any) -> jax.Array:

@@ -5,6 +5,7 @@ Left out on purpose: keys and values that several layers share, and latent ones 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +94,10 @@ class Grouped:
 
     def apply(self, p: Tree, x_BTD: jax.Array, here: Here) -> tuple[jax.Array, Fresh]:
         """Return ``[B, T, D]``, and the keys and values of these tokens."""
-        q_BTNH = biased(dense("BTD,DNH->BTNH", x_BTD, p["q"]), p.get("q_bias"))
-        k_BTKH = biased(dense("BTD,DKH->BTKH", x_BTD, p["k"]), p.get("k_bias"))
-        v_BTKH = biased(dense("BTD,DKH->BTKH", x_BTD, p["v"]), p.get("v_bias"))
+        product = functools.partial(dense, dtype=here.compute.dtype)  # of what may be fp32 around it
+        q_BTNH = biased(product("BTD,DNH->BTNH", x_BTD, p["q"]), p.get("q_bias"))
+        k_BTKH = biased(product("BTD,DKH->BTKH", x_BTD, p["k"]), p.get("k_bias"))
+        v_BTKH = biased(product("BTD,DKH->BTKH", x_BTD, p["v"]), p.get("v_bias"))
         if self.qk_norm is not None:
             q_BTNH, k_BTKH = self._normed(p["q_norm"], q_BTNH), self._normed(p["k_norm"], k_BTKH)
         if self.rope is not None:
@@ -113,9 +115,11 @@ class Grouped:
             window=self.window,
             past=here.past,
             context=here.context,
+            gradient_dtype=here.compute.dtype,
             **self._extras(p),
         )
-        return biased(dense("BTNH,DNH->BTD", o_BTNH, p["o"]), p.get("o_bias")), Fresh(k_BTKH, v_BTKH)
+        out_BTD = product("BTNH,DNH->BTD", o_BTNH, p["o"], out_dtype=here.compute.stream)
+        return biased(out_BTD, p.get("o_bias")), Fresh(k_BTKH, v_BTKH)
 
     def _extras(self, p: Tree) -> dict[str, Any]:
         extras = {"softcap": self.softcap, "sinks_N": p.get("sinks")}

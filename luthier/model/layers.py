@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from luthier import mesh
 from luthier.model.cpu import fence
@@ -74,12 +75,13 @@ _differentiable_rms_norm = jax.custom_vjp(_rms_norm, nondiff_argnums=(2,))
 _differentiable_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Return ``activation(gate) * up`` in the type of ``gate`` (Shazeer, arXiv 2002.05202).
+def gated(activation: str, gate: jax.Array, up: jax.Array, dtype: Any = None) -> jax.Array:
+    """Return ``activation(gate) * up`` in ``dtype`` (default: that of ``gate``); Shazeer, arXiv 2002.05202.
 
     ``activation`` is "silu", or "gelu_tanh" (by tanh, as Hendrycks and Gimpel's arXiv 1606.08415 approximates it).
+    The backward pass finds ``gate`` and ``up`` saved in ``dtype``.
     """
-    return _gated(activation, gate, up)
+    return _gated(activation, gate.dtype, jnp.dtype(dtype or gate.dtype), gate, up)
 
 
 def _silu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -101,21 +103,24 @@ def _gelu_tanh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 _ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gated(activation: str, own: Any, dtype: Any, gate: jax.Array, up: jax.Array) -> jax.Array:
     value, _ = _ACTIVATIONS[activation](gate.astype(jnp.float32))
-    return (value * up.astype(jnp.float32)).astype(gate.dtype)
+    return (value * up.astype(jnp.float32)).astype(dtype)
 
 
-def _gated_forward(activation: str, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, Any]:
-    return _gated(activation, gate, up), (gate, up)
+def _gated_forward(activation: str, own: Any, dtype: Any, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, Any]:
+    saved = (gate, up)
+    if own != dtype:  # the shorter form is the one that "dots" is to save
+        saved = tuple(checkpoint_name(x.astype(dtype), "dense") for x in saved)
+    return _gated(activation, own, dtype, gate, up), saved
 
 
-def _gated_backward(activation: str, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gated_backward(activation: str, own: Any, dtype: Any, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     gate, up = saved
     gate32, up32, dy32 = (array.astype(jnp.float32) for array in (gate, up, dy))
     value, slope = _ACTIVATIONS[activation](gate32)
-    return (dy32 * up32 * slope).astype(gate.dtype), (dy32 * value).astype(up.dtype)
+    return (dy32 * up32 * slope).astype(own), (dy32 * value).astype(own)
 
 
 _gated.defvjp(_gated_forward, _gated_backward)

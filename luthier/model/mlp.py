@@ -5,6 +5,7 @@ Left out on purpose: blocks without a gate, which no family here has.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,12 @@ class Mlp:
 
     def apply(self, p: Tree, x_BTD: jax.Array, here: Here) -> tuple[jax.Array, None]:
         """Return ``[B, T, D]``; nothing is routed."""
-        gate_BTF = biased(dense("BTD,DF->BTF", x_BTD, p["gate"]), p.get("gate_bias"))
-        up_BTF = biased(dense("BTD,DF->BTF", x_BTD, p["up"]), p.get("up_bias"))
-        inner_BTF = gated(self.activation, gate_BTF, up_BTF)
-        return biased(dense("BTF,DF->BTD", inner_BTF, p["down"]), p.get("down_bias")), None
+        inner = here.compute.inner
+        keep = inner == x_BTD.dtype  # else `gated` does, in the type of `x`
+        product = functools.partial(dense, "BTD,DF->BTF", x_BTD, out_dtype=inner, keep=keep)
+        gate_BTF = biased(product(p["gate"]), p.get("gate_bias"))
+        up_BTF = biased(product(p["up"]), p.get("up_bias"))
+        inner_BTF = gated(self.activation, gate_BTF, up_BTF, x_BTD.dtype)
+        return biased(
+            dense("BTF,DF->BTD", inner_BTF, p["down"], out_dtype=here.compute.stream), p.get("down_bias")
+        ), None

@@ -62,15 +62,15 @@ class Model:
         tokens_BT, positions_BT = batch.tokens_BT, batch.positions_BT
         return decoder.forward(params, self.config, tokens_BT, positions_BT, segments, compute, routes_LBTk=routes_LBTk)
 
-    def check_kernel(self, implementation: str, dtype: Any) -> None:
-        """Raise UserError where the attention kernel of that name cannot run this model on the platform in use."""
+    def check_kernel(self, compute: Compute) -> None:
+        """Raise UserError where the attention kernel asked for cannot run this model on the platform in use."""
         for layer in self.config.layers:
-            attention.choose(implementation, dtype, layer.attention.needs)
+            attention.choose(compute.attention, compute.attention_dtype, layer.attention.needs)
 
     def shares_prompts(self, compute: Compute) -> bool:
         """Say whether ``score_tokens`` takes rows in which completions share their prompt."""
         needs = {layer.attention.needs for layer in self.config.layers}
-        return all(attention.shares_prompts(compute.attention, compute.dtype, each) for each in needs)
+        return all(attention.shares_prompts(compute.attention, compute.attention_dtype, each) for each in needs)
 
     @property
     def cache_lines(self) -> Lines:

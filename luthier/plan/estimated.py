@@ -48,7 +48,7 @@ def _moved(job: Job[Any], held: Held, length: int, micro_batches: int) -> float:
     tokens = job.config.per_device_batch_size * length * micro_batches
     itemsize = jnp.dtype(job.compute.dtype).itemsize
     split = job.mesh.shape["tensor"] * job.mesh.shape["context"]
-    activations = 2.0 * cost.saved(job.model.config, job.compute.remat) * itemsize * tokens / split
+    activations = 2.0 * cost.saved_bytes(job.model.config, job.compute) * tokens / split
     uses = (1 + expected.LEAST[job.compute.remat]) * micro_batches
     weights = uses * param.count(job.model.spec) * itemsize / job.mesh.shape["tensor"]
     state = 2.0 * sum(held.arguments.values()) + held.inside["gradients"]

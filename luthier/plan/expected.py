@@ -84,7 +84,7 @@ def _activations(job: Job[Any], length: int) -> Iterator[Sent]:
     """Yield what a ``tensor`` axis adds up, and what the embedding exchanges."""
     config, mesh = job.model.config, job.mesh
     tokens = job.config.per_device_batch_size * length / mesh.shape["context"]
-    stream = tokens * config.hidden_size * jnp.dtype(job.compute.dtype).itemsize
+    stream = tokens * config.hidden_size * jnp.dtype(job.compute.stream).itemsize
     passes = 2 + (job.compute.remat == "full")  # forward, backward, and forward again
     sums = 2 * len(config.layers) * passes
     tensor = ("tensor",)

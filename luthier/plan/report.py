@@ -182,7 +182,7 @@ def _parameters(job: Job[Any]) -> str:
     tuning = job.tuning
     count, dtype = display.quantity(param.count(job.model.spec)), jnp.dtype(tuning.trained_dtype).name
     if tuning.adapter is None:
-        return f"{count}, all trained, {dtype}; computed in {jnp.dtype(job.compute.dtype).name}"
+        return f"{count}, all trained, {dtype}; computed in {job.compute.described}"
     kept = tuning.quantization or jnp.dtype(tuning.dtype).name
     return f"{count} that stay ({kept}), {display.quantity(param.count(tuning.spec))} trained ({dtype})"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 
 from luthier import mesh as mesh_lib
 from luthier.algorithms.sft import sft
@@ -56,7 +55,7 @@ def held(job: Job, length: int, *, accumulates: bool) -> Held:
     for leaf in jax.tree.leaves(state.params):
         trained += 4.0 * math.prod(leaf.sharding.shard_shape(leaf.shape))
     tokens = job.config.per_device_batch_size * length
-    sizes = cost.saved(job.model.config, job.compute.remat) * jnp.dtype(job.compute.dtype).itemsize
+    sizes = cost.saved_bytes(job.model.config, job.compute)
     split = job.mesh.shape["tensor"] * job.mesh.shape["context"]
     inside = {"gradients": trained * (2 if accumulates else 1), "activations": tokens * sizes / split}
     return Held({**weights, "optimizer": stages.held_bytes(state.opt_state)}, inside=inside)

@@ -87,7 +87,7 @@ class LocalEngine:
         """
         if record_routes:
             checks.check_routes(model)
-        dtype = compute.dtype if keys.kv_cache_dtype == "auto" else jnp.dtype(keys.kv_cache_dtype)
+        dtype = compute.attention_dtype if keys.kv_cache_dtype == "auto" else jnp.dtype(keys.kv_cache_dtype)
         # A row's routes lie beside its keys: what is shared, copied or read anew has them with it.
         self._lines = {**model.cache_lines, **(model.routes_line if record_routes else {})}
         self.limits = Limits(keys, context_length, self._lines, dtype, mesh)

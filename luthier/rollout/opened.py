@@ -21,7 +21,7 @@ from luthier.checkpoint import huggingface, peft, placing, source, tokenizer
 from luthier.checkpoint.source import Source
 from luthier.config import InferenceKeys, SampleKeys
 from luthier.model import lora, param
-from luthier.model.compute import Compute, fast_dtype
+from luthier.model.compute import Compute, fast_dtype, kept_in_float32
 from luthier.model.lora import Adapter
 from luthier.model.model import Model
 from luthier.model.param import Tree
@@ -94,7 +94,9 @@ def open_model(
     with mesh_lib.use(mesh):
         dtype = fast_dtype() if keys.dtype == "auto" else jnp.dtype(keys.dtype)
         param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
-        model.check_kernel(keys.attention, dtype)
+        float32 = kept_in_float32(keys.float32_activations, scored=False)
+        compute = Compute(dtype, keys.attention, context=keys.context_parallel_strategy, float32=float32)
+        model.check_kernel(compute)
         words = tokenizer.load(place, keys.tokenizer_path or _own_tokenizer(alone), keys.hf_access_token)
         if look is not None:
             look(place, words)
@@ -105,7 +107,6 @@ def open_model(
         if several:
             loaded = {name: _loaded(named, model, mesh) for name, named in several.items()}
             params = adapters.together(model.spec, params, loaded)
-    compute = Compute(dtype, keys.attention, context=keys.context_parallel_strategy)
     names = tuple(several)
     return Opened(place, model, words, params, mesh, compute, keys.lora_path, attached, names, keys.quantization)
 

@@ -20,7 +20,7 @@ from luthier.config import RlConfig, SftConfig
 from luthier.errors import UserError
 from luthier.memory import available
 from luthier.model import lora, param
-from luthier.model.compute import Compute, fast_dtype
+from luthier.model.compute import Compute, fast_dtype, kept_in_float32
 from luthier.model.model import Model
 from luthier.model.param import Param, Tree
 from luthier.train import balance, memory, optimizer, step, tuning
@@ -75,9 +75,11 @@ def prepare(config: C, source: Source, model: Model, mesh: Mesh) -> Job[C]:
     """
     balance.check(config, model)
     dtype = fast_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
-    compute = Compute(dtype, config.attention, config.remat_policy, config.context_parallel_strategy)
+    scored = isinstance(config, RlConfig) and config.rollout_engine == "local"
+    float32 = kept_in_float32(config.float32_activations, scored=scored)
+    compute = Compute(dtype, config.attention, config.remat_policy, config.context_parallel_strategy, float32)
     param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
-    model.check_kernel(config.attention, dtype)
+    model.check_kernel(compute)
     if source.kind != "random":
         huggingface.check(source, model.spec, model.config.ignored)
     elif config.lora_init == "loftq":

@@ -56,7 +56,7 @@ def estimate(
     copies = 2 if tuning.adapter is None else 1
     gathered = cost.largest_layer(c) * itemsize * copies / (mesh.shape["tensor"] * mesh.shape["expert"])
     in_flight = 8 * 4 * cost.widest(c)  # one layer and its gradients, fp32
-    per_token = (cost.saved(c, compute.remat) * itemsize + in_flight) / mesh.shape["tensor"]
+    per_token = (cost.saved_bytes(c, compute) + in_flight) / mesh.shape["tensor"]
     logits = 3 * 4 * 512 * c.vocab_size / mesh.shape["tensor"]
     process = PROCESS if mesh_lib.platform() == "cpu" else 0.0
     return Plan(state + gathered + logits + process, per_row=per_token * row_length / mesh.shape["context"])

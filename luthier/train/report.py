@@ -71,7 +71,7 @@ def header(
 
 def parameters(job: Job[Any]) -> str:
     """Return how many weights there are, how many of them are trained, and in which types."""
-    tuning, computed = job.tuning, jnp.dtype(job.compute.dtype).name
+    tuning, computed = job.tuning, job.compute.described
     count = display.quantity(param.count(job.model.spec))
     if tuning.adapter is None:
         return f"{count}, all trained, {jnp.dtype(tuning.weight_dtype).name}; computed in {computed}"

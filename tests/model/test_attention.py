@@ -102,6 +102,17 @@ def test_blockwise_equals_whole_scores(T: int, heads: tuple[int, int], window: i
     assert_equal(*kernels, *arrays(T, N=heads[0], K=heads[1], dtype=dtype), tolerance=TOLERANCE[dtype])
 
 
+def test_the_backward_pass_in_a_shorter_type() -> None:
+    q, k, v, segments_BT, g = arrays(37)
+    short = functools.partial(attention, gradient_dtype=jnp.bfloat16)
+    ours, exact = (value_and_gradients(function, q, k, v, segments_BT, g) for function in (short, attention))
+    np.testing.assert_array_equal(ours[0], exact[0])
+    for one, other in zip(ours[1:], exact[1:], strict=True):
+        assert one.dtype == jnp.float32
+        assert np.abs(one - other).max() > 0
+        assert_close(one, other, TOLERANCE["bfloat16"])
+
+
 SINKS = jnp.asarray([-3.0, 0.5, 2.0, 6.0])
 
 

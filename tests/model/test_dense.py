@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,23 @@ def test_each_result_has_its_own_type() -> None:
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     assert value_and_gradients(dense, "BTD,DF->BTF", x, w.astype(jnp.bfloat16), g)[2].dtype == jnp.bfloat16
     assert dense("BTD,DF->BTF", x, w, out_dtype=jnp.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("einsum", CASES)
+def test_a_longer_input_is_not_rounded(einsum: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It meets a bf16 weight as it is, to the square of what bf16 rounds by; gradients are those of bf16."""
+    monkeypatch.setattr(mesh, "platform", lambda: platform)
+    x, w, g = arrays(einsum)
+    w = w.astype(jnp.bfloat16)
+    y, dx, dw = value_and_gradients(functools.partial(dense, dtype=jnp.bfloat16), einsum, x, w, g)
+    theirs = value_and_gradients(jnp.einsum, einsum, x, w.astype(jnp.float32), g)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    assert_close(y, theirs[0], 5e-5)
+    rounded = jnp.einsum(einsum, x.astype(jnp.bfloat16).astype(jnp.float32), w.astype(jnp.float32))
+    assert np.abs(rounded - theirs[0]).max() > 100 * np.abs(y - theirs[0]).max()
+    for one, other in zip((dx, dw), theirs[1:], strict=True):
+        assert_close(one, other, TOLERANCE["bfloat16"])
 
 
 def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32() -> None:

@@ -56,6 +56,19 @@ def test_gated(activation: str, dtype: str) -> None:
     assert_equal(lambda gate, up: layers.gated(activation, gate, up), plain, arrays, dtype)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_in_a_shorter_type(activation: str) -> None:
+    """What goes in is rounded for the gradient alone."""
+    gate, up = (4 * jax.random.normal(key, (3, 5, 16)) for key in jax.random.split(jax.random.key(0)))
+    short = lambda gate, up: layers.gated(activation, gate, up, jnp.bfloat16)  # noqa: E731
+    np.testing.assert_array_equal(short(gate, up), layers.gated(activation, gate, up).astype(jnp.bfloat16))
+    plain = lambda gate, up: ACTIVATIONS[activation](gate) * up  # noqa: E731
+    slope = lambda function: jax.grad(lambda *x: jnp.sum(function(*x).astype(jnp.float32)), (0, 1))  # noqa: E731
+    for one, other in zip(slope(short)(gate, up), slope(plain)(gate, up), strict=True):
+        assert one.dtype == jnp.float32
+        assert_close(one, other, TOLERANCE["bfloat16"])
+
+
 def test_softcap_bounds_what_is_large_and_keeps_what_is_small() -> None:
     x = jnp.array([-1e4, -0.01, 0.0, 0.01, 1e4])
     np.testing.assert_allclose(layers.softcap(x, 30.0), [-30, -0.01, 0, 0.01, 30], atol=1e-6)
