@@ -70,6 +70,5 @@ class Mlp:
         gate_BTF = biased(product(p["gate"]), p.get("gate_bias"))
         up_BTF = biased(product(p["up"]), p.get("up_bias"))
         inner_BTF = gated(self.activation, gate_BTF, up_BTF, x_BTD.dtype)
-        return biased(
-            dense("BTF,DF->BTD", inner_BTF, p["down"], out_dtype=here.compute.stream), p.get("down_bias")
-        ), None
+        out_BTD = dense("BTF,DF->BTD", inner_BTF, p["down"], out_dtype=here.compute.stream)
+        return biased(out_BTD, p.get("down_bias")), None

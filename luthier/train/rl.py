@@ -285,7 +285,7 @@ def _report(
     difference = numbers["sampling/logp_difference/mean"]
     is_apart = difference > config.max_logp_difference
     if is_apart and not was_apart:
-        display.warn(this.console, rl_report.mismatch(config, this.job.compute.dtype, number, difference))
+        display.warn(this.console, rl_report.mismatch(config, this.job.compute, number, difference))
     return is_apart
 
 

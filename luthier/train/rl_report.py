@@ -12,6 +12,7 @@ from rich.console import Console
 from luthier.algorithms.policy import Habits
 from luthier.config import RlConfig
 from luthier.memory import GIB, available, peak_resident
+from luthier.model.compute import Compute
 from luthier.train import display, memory, report, rl_plan
 from luthier.train.job import Job
 from luthier.train.learner import Learner
@@ -130,19 +131,20 @@ def _loss(config: RlConfig, objective: rl_plan.Objective) -> str:
     return f"{config.loss_algo}: {', '.join(settings)}"
 
 
-def mismatch(config: RlConfig, dtype: Any, number: int, apart: float) -> str:
+def mismatch(config: RlConfig, compute: Compute, number: int, apart: float) -> str:
     """Return what to say where sampler and trainer are too far apart, and the likely cause."""
     if config.rollout_engine == "vllm":
-        cause = _of_vllm(config, dtype)
+        cause = _of_vllm(config, compute.dtype)
     elif config.max_staleness:
         cause = (
             f"the sampler's weights are older (max_staleness={config.max_staleness}), which is corrected for; lower "
             "it, or learning_rate"
         )
-    elif jnp.dtype(dtype).itemsize < 4:
+    elif jnp.dtype(compute.dtype).itemsize < 4:
+        less = "" if compute.float32 == "attention" else "float32_activations=attention rounds less, and "
         cause = (
-            f"the model is computed in {jnp.dtype(dtype).name}, which rounds: where it grows, the policy has become "
-            "too sure or too unstable; dtype=float32 tells rounding from other causes"
+            f"the model is computed in {compute.described}, which rounds: where it grows, the policy has become "
+            f"too sure or too unstable; {less}dtype=float32 tells rounding from other causes"
         )
     else:
         cause = "in float32 both should agree to 1e-4: this is a fault, of the engine or of the train step; report it"

@@ -39,18 +39,25 @@ def test_types_in_words() -> None:
 
 
 @functools.cache
-def scored(kind: str, dtype: str, kept: str) -> tuple[Any, Any]:
-    """Return log-probs of random tokens under random weights that bf16 holds exactly, and the weights' gradients."""
+def scored(kind: str, dtype: str, kept: str, devices: int = 1) -> tuple[Any, Any]:
+    """Return log-probs of random tokens under random weights that bf16 holds exactly, and the weights' gradients.
+
+    On several devices no gradients: of bf16 there, not every jax has a CPU kernel.
+    """
     model, batch = tiny.kind_model(kind), tiny.make_batch(rows=4, length=64)
     compute = Compute(jnp.dtype(dtype), remat="dots", float32=kept)
-    with mesh.use(mesh.make(ModelKeys(), jax.devices()[:1])) as one:
-        params = param.initialise(model.spec, jax.random.key(0), jnp.float32, one)
+    ways = 2 if devices == 8 else 1
+    keys = ModelKeys(ici_tensor_parallelism=ways, ici_context_parallelism=ways)
+    with mesh.use(mesh.make(keys, jax.devices()[:devices])) as here:
+        params = param.initialise(model.spec, jax.random.key(0), jnp.float32, here)
         params = jax.tree.map(lambda w: (5 * w if w.ndim > 1 else w).astype(jnp.bfloat16).astype(w.dtype), params)
 
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
             logp_BT = model.score(params, batch, compute).logp_BT
             return jnp.sum(logp_BT * batch.mask_BT), logp_BT
 
+        if devices > 1:
+            return np.asarray(jax.jit(loss)(params)[1]), None
         (_, logp_BT), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return np.asarray(logp_BT), gradients
 
@@ -65,6 +72,13 @@ def test_the_more_is_kept_the_nearer_a_pass_is_to_fp32(kind: str) -> None:
     none, residual, attention = (np.abs(scored(kind, "bfloat16", kept)[0] - exact).mean() for kept in KEPT)
     assert attention < 0.9 * residual < 0.8 * none
     np.testing.assert_array_equal(scored(kind, "float32", "attention")[0], exact)
+
+
+@pytest.mark.parametrize("kept", [pytest.param("residual", marks=pytest.mark.slow), "attention"])
+def test_eight_devices_are_as_near_as_one(kept: str) -> None:
+    exact, _ = scored("llama", "float32", "none")
+    alone, split = (np.abs(scored("llama", "bfloat16", kept, devices)[0] - exact).mean() for devices in (1, 8))
+    assert split < 1.1 * alone
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -210,7 +210,8 @@ def test_padding_reaches_no_expert_and_counts_for_nothing() -> None:
 def test_types_are_the_activations_and_the_weights() -> None:
     x_BTD, g_BTD = inputs()
     p = weights(PLAIN)
-    out_BTD, routed, dp, dx_BTD = with_gradients(PLAIN, p, x_BTD.astype(jnp.bfloat16), g_BTD, here())
+    short = dataclasses.replace(here(), compute=Compute(jnp.dtype("bfloat16")))
+    out_BTD, routed, dp, dx_BTD = with_gradients(PLAIN, p, x_BTD.astype(jnp.bfloat16), g_BTD, short)
     assert out_BTD.dtype == dx_BTD.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(dp)} == {jnp.dtype("float32")}
     assert routed.squared_lse.dtype == jnp.float32

@@ -16,6 +16,7 @@ from launched import Run
 
 from luthier import cli, config
 from luthier.errors import UserError
+from luthier.model.compute import Compute
 from luthier.train import rl_plan, rl_report, rl_vllm
 
 pytestmark = pytest.mark.multiprocess
@@ -205,4 +206,4 @@ def test_servers_are_not_started_where_they_could_have_nothing() -> None:
     ],
 )
 def test_a_mismatch_is_told_with_its_likely_cause(keys: dict[str, Any], dtype: Any, words: str) -> None:
-    assert words in rl_report.mismatch(KEYS(**keys), dtype, 3, 0.2)
+    assert words in rl_report.mismatch(KEYS(**keys), Compute(dtype), 3, 0.2)
