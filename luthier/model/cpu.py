@@ -14,11 +14,13 @@ from luthier import mesh
 def transposed(x: jax.Array) -> jax.Array:
     """Return ``x`` with its last two axes exchanged, on a CPU also in memory.
 
-    Not over several devices: XLA does not split what has a layout of its own, and would gather it on each.
+    Over several devices it is but kept out of the matmul, which in bf16 would have no kernel at all: XLA does not split
+    what has a layout of its own, and would gather it on each.
     """
-    swapped, here = x.mT, mesh.current()
-    alone = here is None or here.size == 1
-    return with_layout_constraint(swapped, Layout(tuple(range(x.ndim)))) if alone and _on_cpu() else swapped
+    here = mesh.current()
+    if _on_cpu() and (here is None or here.size == 1):
+        return with_layout_constraint(x.mT, Layout(tuple(range(x.ndim))))
+    return fence(x.mT)
 
 
 def fence(x: jax.Array) -> jax.Array:
