@@ -302,7 +302,7 @@ class EngineKeys(CapacityKeys):
     """How the embedded engine samples."""
 
     kv_cache_dtype: Literal["auto", "bfloat16", "float32"] = key(
-        "auto", "Type of cached keys and values; `auto`: that of the computation."
+        "auto", "Type of cached keys and values; `auto`: that which attention is computed in."
     )
     prefill_chunk_length: int = key(512, "Tokens of prompts that are read at a time.", ge=16)
     decode_steps: PositiveInt = key(16, "Tokens sampled on the device between two looks of the host.")
