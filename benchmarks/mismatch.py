@@ -2,7 +2,7 @@
 
     python benchmarks/mismatch.py --model SmolLM2-135M-Instruct.Q4_1.gguf --prompts gsm8k_test.jsonl
 
-The embedded engine answers the `question` of the file's first rows at temperature 1, in bf16 with each value of
+The embedded engine answers the file's first prompts at temperature 1, in bf16 with each value of
 `float32_activations`, and the trainer's pass scores the answers: in bf16 as it was sampled, and in fp32. Weights are
 rounded to bf16 once, so that all have the same. Times are of a token drawn, and of the gradient of the log-probs of
 `none`'s answers, in turns; ratios are against `none`, the medians of the rounds.
@@ -18,12 +18,9 @@ if __name__ == "__main__":
     runtime.tune_allocator()  # as the command does, and as early
 
 import argparse
-import functools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ import numpy as np
 from sft import hardware
 
 from luthier import config, mesh
+from luthier.commands import prompts as prompts_lib
 from luthier.model.compute import Compute
 from luthier.model.cpu import compiler_options
 from luthier.rollout.engine import Completion, Request, Sampling
@@ -46,7 +44,7 @@ KEPT = ("none", "residual", "attention")
 class Side:
     """One way to compute, and its seconds of a token and of a gradient, round by round."""
 
-    sample: Callable[[], list[Completion]]
+    sample: Callable[[], list[Completion]]  # the same each time
     score: Callable[[Any, Batch], jax.Array]
     gradient: Callable[[Any, Batch], Any]
     sampling: list[float]
@@ -57,16 +55,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, help="a folder or file with a chat model")
-    add("--prompts", required=True, help="a file of JSON lines with a column `question`")
+    add("--prompts", required=True, help="a file as `luthier generate` takes it")
     add("--count", type=int, default=16, help="how many of them")
     add("--new", type=int, default=128, help="the most tokens of an answer")
     add("--rounds", type=int, default=3)
     options = parser.parse_args()
-    keys = [f"load_parameters_path={options.model}", "dtype=bfloat16", f"max_new_tokens={options.new}", "prompt=_"]
-    asked = config.resolve("generate", keys, {})
+    keys = [f"load_parameters_path={options.model}", "dtype=bfloat16", f"max_new_tokens={options.new}"]
+    asked = config.resolve("generate", [*keys, f"prompts_path={options.prompts}"], {})
     model = open_model(asked)
     with mesh.use(model.mesh):
-        prompts = read(options, model)
+        asks = prompts_lib.read(asked)[: options.count]
+        prompts = prompts_lib.encode(asked, asks, model.tokenizer, model.context_length)
         sides = {kept: side(options, asked, replace(model, compute=computed(kept)), prompts) for kept in KEPT}
         exact = scorer(model, Compute())
         same, _ = rows(prompts, sides["none"].sample())
@@ -81,14 +80,6 @@ def main() -> None:
         for kept, each in sides.items():
             report(kept, each, sides["none"], model, prompts, exact)
     print(f"\n{Path(options.model).name}, {len(prompts)} answers; jax {jax.__version__}, {hardware()}")
-
-
-def read(options: argparse.Namespace, model: Opened) -> list[list[int]]:
-    """Return the tokens of the prompts, as a chat."""
-    with Path(options.prompts).open() as lines:
-        questions = [json.loads(line)["question"] for line in islice(lines, options.count)]
-    chat = functools.partial(model.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
-    return [list(chat([{"role": "user", "content": question}])) for question in questions]
 
 
 def computed(kept: str) -> Compute:

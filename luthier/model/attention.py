@@ -106,9 +106,9 @@ def choose(implementation: str, dtype: Any, needs: Needs) -> Kernel:
     platform, implementation = mesh_lib.platform(), _named(implementation, dtype, needs)
     if implementation == "cudnn" and (platform != "gpu" or not _cudnn_fits(dtype, needs)):
         raise UserError(
-            f"attention=cudnn: needs an NVIDIA GPU, bfloat16, a head size of at most 128 that is a multiple of 8 and "
-            f"the values' too, and a model without soft caps and sinks; here are a {platform}, "
-            f"{jnp.dtype(dtype).name} and {_described(needs)}. Use attention=auto."
+            "attention=cudnn: needs an NVIDIA GPU, bfloat16 (and not float32_activations=attention), a head size of at "
+            "most 128 that is a multiple of 8 and the values' too, and a model without soft caps and sinks; here are a "
+            f"{platform}, {jnp.dtype(dtype).name} and {_described(needs)}. Use attention=auto."
         )
     if implementation == "splash":
         if platform != "tpu":

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from luthier import mesh
+from luthier.config import ModelKeys
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Compute:
         """The type of what goes into attention, and through it."""
         return jnp.float32 if self.float32 == "attention" else self.dtype
 
+    def cached(self, kv_cache_dtype: str) -> Any:
+        """Return the type that ``kv_cache_dtype`` means."""
+        return jnp.dtype(self.attention_dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
+
     @property
     def inner(self) -> Any:
         """The type of what a feed-forward block's first products give."""
@@ -63,15 +68,17 @@ class Compute:
         return f"{name} ({kept} in float32)" if kept and self.dtype != jnp.float32 else name
 
 
-def kept_in_float32(key: str, *, scored: bool) -> str:
-    """Return what ``float32_activations`` means here, as ``Compute.float32`` says it.
+def chosen(keys: ModelKeys, *, remat: str = "none", scored: bool = False) -> Compute:
+    """Return how ``keys`` want a model computed on the platform in use.
 
-    ``scored`` says that a trainer scores what it sampled itself. Then "auto" is "attention" on a CPU, and "none" where
-    the fast attention kernels are bf16's alone.
+    ``scored`` says that a trainer scores what it sampled itself. Then ``float32_activations=auto`` is "attention" on a
+    CPU, and "none" where the fast attention kernels are bf16's alone.
     """
-    if key != "auto":
-        return key
-    return "attention" if scored and mesh.platform() == "cpu" else "none"
+    dtype = fast_dtype() if keys.dtype == "auto" else jnp.dtype(keys.dtype)
+    float32 = keys.float32_activations
+    if float32 == "auto":
+        float32 = "attention" if scored and mesh.platform() == "cpu" else "none"
+    return Compute(dtype, keys.attention, remat, keys.context_parallel_strategy, float32)
 
 
 def fast_dtype() -> Any:

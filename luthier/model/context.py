@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
 from luthier.model.cache import LayerPast
 from luthier.model.compute import Compute
+from luthier.model.dense import dense
 from luthier.model.layers import Rotation
 from luthier.model.rope import Rope
 from luthier.model.segments import Segments
@@ -33,3 +35,7 @@ class Here:
     past: LayerPast | None = None
     routes_BTk: jax.Array | None = None
     context: str | None = None
+
+    def dense(self, einsum: str, x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
+        """Return ``dense`` in the type that weights are multiplied in, whatever is fp32 around it."""
+        return dense(einsum, x, w, dtype=self.compute.dtype, out_dtype=out_dtype)

@@ -5,7 +5,6 @@ Left out on purpose: keys and values that several layers share, and latent ones 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from luthier.model.attention import Needs, attention
 from luthier.model.cache import Fresh, Line
 from luthier.model.context import Here
-from luthier.model.dense import biased, dense
+from luthier.model.dense import biased
 from luthier.model.layers import apply_rope
 from luthier.model.norm import Norm
 from luthier.model.param import Param, Part, Tree, declare
@@ -94,10 +93,9 @@ class Grouped:
 
     def apply(self, p: Tree, x_BTD: jax.Array, here: Here) -> tuple[jax.Array, Fresh]:
         """Return ``[B, T, D]``, and the keys and values of these tokens."""
-        product = functools.partial(dense, dtype=here.compute.dtype)  # of what may be fp32 around it
-        q_BTNH = biased(product("BTD,DNH->BTNH", x_BTD, p["q"]), p.get("q_bias"))
-        k_BTKH = biased(product("BTD,DKH->BTKH", x_BTD, p["k"]), p.get("k_bias"))
-        v_BTKH = biased(product("BTD,DKH->BTKH", x_BTD, p["v"]), p.get("v_bias"))
+        q_BTNH = biased(here.dense("BTD,DNH->BTNH", x_BTD, p["q"]), p.get("q_bias"))
+        k_BTKH = biased(here.dense("BTD,DKH->BTKH", x_BTD, p["k"]), p.get("k_bias"))
+        v_BTKH = biased(here.dense("BTD,DKH->BTKH", x_BTD, p["v"]), p.get("v_bias"))
         if self.qk_norm is not None:
             q_BTNH, k_BTKH = self._normed(p["q_norm"], q_BTNH), self._normed(p["k_norm"], k_BTKH)
         if self.rope is not None:
@@ -118,7 +116,7 @@ class Grouped:
             gradient_dtype=here.compute.dtype,
             **self._extras(p),
         )
-        out_BTD = product("BTNH,DNH->BTD", o_BTNH, p["o"], out_dtype=here.compute.stream)
+        out_BTD = here.dense("BTNH,DNH->BTD", o_BTNH, p["o"], out_dtype=here.compute.stream)
         return biased(out_BTD, p.get("o_bias")), Fresh(k_BTKH, v_BTKH)
 
     def _extras(self, p: Tree) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from luthier.model.attention import Needs, attention
 from luthier.model.cache import Fresh, Line
 from luthier.model.context import Here
 from luthier.model.cpu import fence
-from luthier.model.dense import biased, dense, dora_factor, scaled
+from luthier.model.dense import biased, dora_factor, scaled
 from luthier.model.layers import apply_rope
 from luthier.model.lora import Lora
 from luthier.model.norm import Norm
@@ -110,27 +110,27 @@ class Latent:
         key_BT1E = jnp.concatenate([c_BTC[:, :, None], k_BT1R], axis=-1)
         attend = self._expanded if here.past is None else self._absorbed
         o_BTNH = attend(p, q_BTNH, key_BT1E, here)
-        out_BTD = _dense(here, "BTNH,DNH->BTD", o_BTNH, p["o"], out_dtype=here.compute.stream)
+        out_BTD = here.dense("BTNH,DNH->BTD", o_BTNH, p["o"], out_dtype=here.compute.stream)
         return biased(out_BTD, p.get("o_bias")), Fresh(key_BT1E, None)
 
     def _queries(self, p: Tree, x_BTD: jax.Array, here: Here) -> jax.Array:
         if self.q_rank is not None:
-            x_BTD = biased(_dense(here, "BTD,DC->BTC", x_BTD, p["q_down"]), p.get("q_down_bias"))
+            x_BTD = biased(here.dense("BTD,DC->BTC", x_BTD, p["q_down"]), p.get("q_down_bias"))
             x_BTD = self.norm.apply(p["q_norm"], x_BTD)
-        q_BTNH = _dense(here, "BTD,DNH->BTNH", x_BTD, p["q"])
+        q_BTNH = here.dense("BTD,DNH->BTNH", x_BTD, p["q"])
         return apply_rope(q_BTNH, here.ropes[self.rope].at_the_end_of(self.head_dim))
 
     def _compressed(self, p: Tree, x_BTD: jax.Array, here: Here) -> tuple[jax.Array, jax.Array]:
         """Return the small vectors ``[B, T, C]``, and the keys of positions ``[B, T, 1, R]``."""
-        kv_BTE = biased(_dense(here, "BTD,DE->BTE", x_BTD, p["kv_down"]), p.get("kv_down_bias"))
+        kv_BTE = biased(here.dense("BTD,DE->BTE", x_BTD, p["kv_down"]), p.get("kv_down_bias"))
         c_BTC, k_BTR = fence(kv_BTE[..., : self.kv_rank]), fence(kv_BTE[..., self.kv_rank :])
         return self.norm.apply(p["kv_norm"], c_BTC), apply_rope(k_BTR[:, :, None], here.ropes[self.rope])
 
     def _expanded(self, p: Tree, q_BTNH: jax.Array, key_BT1E: jax.Array, here: Here) -> jax.Array:
         """Return ``[B, T, N, value_dim]`` by each head's own keys and values."""
         c_BTC, k_BT1R = key_BT1E[:, :, 0, : self.kv_rank], key_BT1E[..., self.kv_rank :]
-        k_BTNH = _dense(here, _UP, c_BTC, p["k_up"])
-        v_BTNH = _dense(here, _UP, c_BTC, p["v_up"])
+        k_BTNH = here.dense(_UP, c_BTC, p["k_up"])
+        v_BTNH = here.dense(_UP, c_BTC, p["v_up"])
         shared_BTNR = jnp.broadcast_to(k_BT1R, (*k_BTNH.shape[:3], self.rope_dim))
         return self._attention(q_BTNH, jnp.concatenate([k_BTNH, shared_BTNR], axis=-1), v_BTNH, here)
 
@@ -145,8 +145,8 @@ class Latent:
     def _attention(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, here: Here) -> jax.Array:
         scale = self.head_dim**-0.5 * self.rope.score_factor
         how = {"implementation": here.compute.attention, "past": here.past, "context": here.context}
-        how["gradient_dtype"] = here.compute.dtype
-        return attention(q_BTNH, k_BTKH, v_BTKH, here.segments, scale=scale, **how)
+        how |= {"scale": scale, "gradient_dtype": here.compute.dtype}
+        return attention(q_BTNH, k_BTKH, v_BTKH, here.segments, **how)
 
     def _down(self, letters: str, tensor: str, hidden_size: int, size: int) -> dict[str, Param]:
         """Declare a first product, from the model's width to a small vector, and its bias."""
@@ -160,10 +160,6 @@ class Latent:
         """Declare a product from ``rank`` numbers to ``size`` of each head."""
         weight = declare({"latent": rank, "heads": self.heads, "head_dim": size})
         return weight(f"{tensor}.weight", "(n h) c -> c n h", "latent", "heads", "head_dim", part=part)
-
-
-def _dense(here: Here, einsum: str, x: jax.Array, w: Any, **more: Any) -> jax.Array:
-    return dense(einsum, x, w, dtype=here.compute.dtype, **more)
 
 
 def _into_latent(x_BTNH: jax.Array, w: Any) -> jax.Array:

@@ -141,9 +141,7 @@ def _engine(job: Job[RlConfig], mesh: Mesh, machine: Topology) -> Engine:
     """Return the engine as `luthier rl` makes it, for a whole step where memory allows."""
     config, model = job.config, job.model
     lines = {**model.cache_lines, **(model.routes_line if config.routing_replay else {})}
-    kept = (
-        jnp.dtype(job.compute.attention_dtype) if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
-    )
+    kept = job.compute.cached(config.kv_cache_dtype)
     taken = sum(supervised.held(job, 1, accumulates=False).arguments.values()) if mesh == job.mesh else 0.0
     left = config.kv_cache_gib or max(machine.chip.memory - 1.5 * taken, 0.1 * machine.chip.memory) / GIB
     keys = config.model_copy(update={"kv_cache_gib": left})

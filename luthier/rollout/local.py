@@ -19,7 +19,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -87,7 +86,7 @@ class LocalEngine:
         """
         if record_routes:
             checks.check_routes(model)
-        dtype = compute.attention_dtype if keys.kv_cache_dtype == "auto" else jnp.dtype(keys.kv_cache_dtype)
+        dtype = compute.cached(keys.kv_cache_dtype)
         # A row's routes lie beside its keys: what is shared, copied or read anew has them with it.
         self._lines = {**model.cache_lines, **(model.routes_line if record_routes else {})}
         self.limits = Limits(keys, context_length, self._lines, dtype, mesh)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +20,7 @@ from luthier.checkpoint import huggingface, peft, placing, source, tokenizer
 from luthier.checkpoint.source import Source
 from luthier.config import InferenceKeys, SampleKeys
 from luthier.model import lora, param
-from luthier.model.compute import Compute, fast_dtype, kept_in_float32
+from luthier.model.compute import Compute, chosen
 from luthier.model.lora import Adapter
 from luthier.model.model import Model
 from luthier.model.param import Tree
@@ -92,15 +91,13 @@ def open_model(
     runtime.start(keys)
     mesh = mesh_lib.make(keys)
     with mesh_lib.use(mesh):
-        dtype = fast_dtype() if keys.dtype == "auto" else jnp.dtype(keys.dtype)
+        compute = chosen(keys)
         param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
-        float32 = kept_in_float32(keys.float32_activations, scored=False)
-        compute = Compute(dtype, keys.attention, context=keys.context_parallel_strategy, float32=float32)
         model.check_kernel(compute)
         words = tokenizer.load(place, keys.tokenizer_path or _own_tokenizer(alone), keys.hf_access_token)
         if look is not None:
             look(place, words)
-        params = _params(keys, place, model, dtype, mesh)
+        params = _params(keys, place, model, compute.dtype, mesh)
         attached = None if alone is None else _loaded(alone, model, mesh)
         if attached is not None:
             params = lora.attach(model.spec, params, *attached)

@@ -20,7 +20,7 @@ from luthier.config import RlConfig, SftConfig
 from luthier.errors import UserError
 from luthier.memory import available
 from luthier.model import lora, param
-from luthier.model.compute import Compute, fast_dtype, kept_in_float32
+from luthier.model.compute import Compute, chosen
 from luthier.model.model import Model
 from luthier.model.param import Param, Tree
 from luthier.train import balance, memory, optimizer, step, tuning
@@ -74,17 +74,15 @@ def prepare(config: C, source: Source, model: Model, mesh: Mesh) -> Job[C]:
     Raises UserError where one does not.
     """
     balance.check(config, model)
-    dtype = fast_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
     scored = isinstance(config, RlConfig) and config.rollout_engine == "local"
-    float32 = kept_in_float32(config.float32_activations, scored=scored)
-    compute = Compute(dtype, config.attention, config.remat_policy, config.context_parallel_strategy, float32)
+    compute = chosen(config, remat=config.remat_policy, scored=scored)
     param.shardings(model.spec, mesh)  # raises where the mesh does not divide the model
     model.check_kernel(compute)
     if source.kind != "random":
         huggingface.check(source, model.spec, model.config.ignored)
     elif config.lora_init == "loftq":
         raise UserError("lora_init=loftq needs the weights of a checkpoint: leave it out with random ones.")
-    trained = tuning.of(config, model, jnp.dtype(config.weight_dtype), dtype)
+    trained = tuning.of(config, model, jnp.dtype(config.weight_dtype), compute.dtype)
     param.shardings(trained.spec, mesh)
     return Job(config, source, model, mesh, compute, trained, optimizer.make(config, trained.spec))
 

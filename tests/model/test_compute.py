@@ -15,17 +15,18 @@ import tiny
 from luthier import mesh
 from luthier.config import ModelKeys
 from luthier.model import cost, param
-from luthier.model.compute import Compute, kept_in_float32
+from luthier.model.compute import Compute, chosen
 
 KEPT = ("none", "residual", "attention")
 
 
 def test_auto_is_for_a_trainer_that_scores_its_own_samples_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kept_in_float32("auto", scored=True) == "attention"
-    assert kept_in_float32("auto", scored=False) == "none"
-    assert [kept_in_float32(kept, scored=True) for kept in KEPT] == list(KEPT)
+    kept = lambda key, scored: chosen(ModelKeys(float32_activations=key), scored=scored).float32  # noqa: E731
+    assert kept("auto", True) == "attention"
+    assert kept("auto", False) == "none"
+    assert [kept(each, True) for each in KEPT] == list(KEPT)
     monkeypatch.setattr(mesh, "platform", lambda: "tpu")
-    assert kept_in_float32("auto", scored=True) == "none"
+    assert kept("auto", True) == "none"
 
 
 def test_types_in_words() -> None:
