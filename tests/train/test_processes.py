@@ -24,6 +24,8 @@ pytestmark = pytest.mark.multiprocess
 STEPS = 6
 TOLERANCE = 1e-5
 TIMES = ("seconds", "tokens_per_second")
+LOST_AFTER = "jax_distributed_heartbeat_timeout_seconds=10"
+"""How long a process that has died is waited for by one that writes a checkpoint with it."""
 AXES = {
     "fsdp": (),
     "data": ("ici_data_parallelism=2", "ici_fsdp_parallelism=2"),
@@ -156,17 +158,23 @@ def test_a_signal_to_one_of_them_stops_all_and_one_process_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "keys", [("checkpoint_period=1000",), ("checkpoint_period=1", LOST_AFTER)], ids=["step", "save"]
+)
 def test_a_killed_process_ends_the_others_which_say_so(
-    tmp_path: Path, tiny_model: Path, tiny_rows: Path, victim: int
+    tmp_path: Path, tiny_model: Path, tiny_rows: Path, keys: tuple[str, ...], victim: int
 ) -> None:
-    keys = sft(tmp_path, tiny_model, tiny_rows, "steps=400")
-    run = Run("sft", keys, tmp_path / "logs", count=2)
-    run.until(lambda: steps(tmp_path) >= 3)
-    run.send(victim, signal.SIGKILL)
+    """At once while they train; those that may be writing a checkpoint with it, once it counts as dead."""
+    run = Run("sft", sft(tmp_path, tiny_model, tiny_rows, "steps=400", *keys), tmp_path / "logs", count=2)
     other = 1 - victim
-    codes = run.codes(30)
-    assert codes[victim] == -signal.SIGKILL
-    assert codes[other] == 1, run.outputs()
+    try:
+        run.until(lambda: steps(tmp_path) >= 3)
+        run.send(victim, signal.SIGKILL)
+        codes = run.codes(40)
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[other] == 1, run.outputs()
+    finally:
+        run.kill()
     assert "another" in run.output(other)
     assert "goes on from the last checkpoint" in run.output(other)
 
@@ -184,7 +192,7 @@ def test_thirty_kills_at_random_leave_the_same_run(
     random = np.random.default_rng(count)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     keys = (f"steps={6 * KILLS}", "checkpoint_period=2", "eval_fraction=0")
-    keys += ("jax_distributed_initialization_timeout=20",)  # one that is killed as it starts is waited for so long
+    keys += ("jax_distributed_initialization_timeout=20", LOST_AFTER)  # one killed as it starts is waited for so long
     Run("sft", sft(whole, one_layer, tiny_rows, *keys), whole / "logs", count=count, devices=1).done()
     for _ in range(KILLS):
         run = Run("sft", sft(killed, one_layer, tiny_rows, *keys), killed / "logs", count=count, devices=1)
@@ -204,7 +212,7 @@ def test_thirty_kills_at_random_leave_the_same_run(
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
-    keys = sft(tmp_path, tiny_model, tiny_rows, "steps=400", "jax_distributed_heartbeat_timeout_seconds=10")
+    keys = sft(tmp_path, tiny_model, tiny_rows, "steps=400", LOST_AFTER)
     run = Run("sft", keys, tmp_path / "logs", count=2)
     try:
         run.until(lambda: steps(tmp_path) >= 3)
