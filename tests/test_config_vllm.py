@@ -23,6 +23,8 @@ ELSEWHERE = "vllm_urls=[http://one:8000, http://two:8000]"
         ("rl", [VLLM, ELSEWHERE, "vllm_arguments=--x"], "vllm_arguments=--x is for servers that are started here"),
         ("generate", [VLLM, ELSEWHERE, "prompt=x", "kv_cache_gib=2"], "kv_cache_gib=2.0 is for servers"),
         ("generate", [VLLM, "prompt=x", "decode_steps=4"], "decode_steps=4 is the embedded engine's"),
+        ("eval", [VLLM, "hf_path=rows", "attention=blockwise"], "attention=blockwise is the embedded engine's"),
+        ("generate", [VLLM, "prompt=x", "float32_activations=attention"], "=attention is the embedded engine's"),
         ("rl", [VLLM, "vllm_arguments='--x"], "no closing quotation"),
         ("vllm", ["vllm_arguments='--x"], "no closing quotation"),
         ("vllm", ["vllm_arguments=-x --logprobs-mode=raw_logprobs"], "--logprobs-mode is what Luthier says itself"),
@@ -50,6 +52,7 @@ def test_what_does_not_go_together_is_refused(command: str, arguments: list[str]
         ("rl", [VLLM, "weight_sync_interval=4", "vllm_servers=2"], True),
         ("rl", [VLLM, ELSEWHERE, "chips_per_vm=4", "trainer_devices_fraction=1", "max_target_length=512"], False),
         ("rl", [VLLM, "weight_sync_interval=2", "max_staleness=1", "interrupted_completions=drop"], True),
+        ("rl", [VLLM, "attention=blockwise", "float32_activations=residual"], True),  # the trainer's
         ("generate", [VLLM, "prompt=x", "top_k=8", "quantization=int8"], True),
         ("eval", [VLLM, ELSEWHERE, "hf_path=rows", "temperature=0"], False),
         ("rl", [], False),

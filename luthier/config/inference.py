@@ -22,6 +22,9 @@ from luthier.config.lora import QuantisationKeys
 from luthier.config.vllm import VllmKeys, check_engine
 from luthier.keys import key
 
+COMPUTING = ("attention", "float32_activations", "context_parallel_strategy")
+"""Keys of how a model is computed: vLLM, which is sent its weights alone, goes its own way."""
+
 
 class InferenceKeys(SampleKeys, EngineKeys, TemplateKeys, QuantisationKeys, ModelKeys, ProcessKeys):
     """What the commands that sample share."""
@@ -65,7 +68,7 @@ class GenerateConfig(VllmKeys, InferenceKeys):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_engine(self)
+        check_engine(self, *COMPUTING)
         if bool(self.prompt) == bool(self.prompts_path):
             which = "both set: keep one" if self.prompt else "both empty: set one"
             raise ValueError(f"prompt and prompts_path are {which}")
@@ -105,7 +108,7 @@ class EvalConfig(VllmKeys, InferenceKeys, MaskKeys, DatasetKeys):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_engine(self)
+        check_engine(self, *COMPUTING)
         if not self.hf_path:
             raise ValueError("no dataset: set hf_path=... (a hub id, a saved folder or files)")
         if self.num_generations > 1 and self.temperature == 0:

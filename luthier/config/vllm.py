@@ -88,8 +88,11 @@ def arguments(config: ServerKeys) -> list[str]:
     return shlex.split(config.vllm_arguments)
 
 
-def check_engine(config: VllmKeys) -> None:
-    """Raise ValueError for keys of engines that do not go together."""
+def check_engine(config: VllmKeys, *computing: str) -> None:
+    """Raise ValueError for keys of engines that do not go together.
+
+    ``computing`` are further keys that are of no account where the embedded engine does not sample.
+    """
     if config.rollout_engine == "local":
         if name := _given(config, (*ServerKeys.__annotations__, *VllmKeys.__annotations__)):
             raise ValueError(
@@ -106,7 +109,7 @@ def check_engine(config: VllmKeys) -> None:
             f"{name}={getattr(config, name)} is for servers that are started here, and vllm_urls names others: leave "
             "one of the two out"
         )
-    if name := _given(config, EngineKeys.__annotations__):
+    if name := _given(config, (*EngineKeys.__annotations__, *computing)):
         raise ValueError(
             f"{name}={getattr(config, name)} is the embedded engine's, with rollout_engine=vllm: leave one of the two "
             "out"
