@@ -151,6 +151,13 @@ def _delta(einsum: str, types: Types, x: jax.Array, w: Lora) -> jax.Array:
     return _array_dense(f"{axes}r,ro->{axes}o", types, inner, w.b.T)
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """Return ``x`` in its own type, its numbers those that ``dtype`` has too."""
+    short = jnp.finfo(dtype)
+    # Not by casting there and back, which XLA takes for nothing at all.
+    return jax.lax.reduce_precision(x, short.nexp, short.nmant)
+
+
 def scaled(inner: jax.Array, w: Lora) -> jax.Array:
     """Return an adapter's inner numbers ``[B, ..., r]`` times its scale, or times what each row of the batch has."""
     if w.gate_BR is None:
@@ -193,9 +200,7 @@ def _exact_product(einsum: str, types: Types, x: jax.Array, w: jax.Array) -> jax
     """Return the product with a ``w`` of ``types.dtype``; an ``x`` that is longer goes in as two such numbers."""
     if x.dtype == types.dtype:
         return _product(einsum, x, w, types.out)
-    short = jnp.finfo(types.dtype)
-    # Not by casting there and back, which XLA takes for nothing at all.
-    high = jax.lax.reduce_precision(x, short.nexp, short.nmant)
+    high = rounded(x, types.dtype)
     x_axes, w_axes, y_axes = _split(einsum)
     at = x.ndim - _weight_axes(einsum)[0]
     both = jnp.stack([high, x - high], axis=at).astype(types.dtype)

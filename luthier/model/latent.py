@@ -15,15 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from luthier import mesh
 from luthier.model.attention import Needs, attention
 from luthier.model.cache import Fresh, Line
 from luthier.model.context import Here
 from luthier.model.cpu import fence
-from luthier.model.dense import biased, dora_factor, scaled
+from luthier.model.dense import biased, dora_factor, rounded, scaled
 from luthier.model.layers import apply_rope
 from luthier.model.lora import Lora
 from luthier.model.norm import Norm
 from luthier.model.param import Param, Part, Tree, declare
+from luthier.model.quant import is_quantised
 from luthier.model.rope import Rope
 
 _UP = "BTC,CNH->BTNH"  # from a small vector to each head's keys or values
@@ -137,10 +139,10 @@ class Latent:
     def _absorbed(self, p: Tree, q_BTNH: jax.Array, key_BT1E: jax.Array, here: Here) -> jax.Array:
         """Return ``[B, T, N, value_dim]`` by attention to the small vectors themselves."""
         nope_BTNH, turned_BTNR = q_BTNH[..., : self.nope_dim], q_BTNH[..., self.nope_dim :]
-        q_BTNC = _into_latent(nope_BTNH, p["k_up"])
+        q_BTNC = _into_latent(nope_BTNH, p["k_up"], here.compute.dtype)
         q_BTNE = jnp.concatenate([q_BTNC, turned_BTNR], axis=-1)
         o_BTNC = self._attention(q_BTNE, key_BT1E, key_BT1E[..., : self.kv_rank], here)
-        return _out_of_latent(o_BTNC, p["v_up"])
+        return _out_of_latent(o_BTNC, p["v_up"], here.compute.dtype)
 
     def _attention(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, here: Here) -> jax.Array:
         scale = self.head_dim**-0.5 * self.rope.score_factor
@@ -162,24 +164,24 @@ class Latent:
         return weight(f"{tensor}.weight", "(n h) c -> c n h", "latent", "heads", "head_dim", part=part)
 
 
-def _into_latent(x_BTNH: jax.Array, w: Any) -> jax.Array:
+def _into_latent(x_BTNH: jax.Array, w: Any, dtype: Any) -> jax.Array:
     """Return the product of each head's numbers with the transpose of its part of a weight, ``[B, T, N, C]``."""
     if not isinstance(w, Lora):
-        return _per_head("BTNH,CNH->BTNC", x_BTNH, _floats(w, x_BTNH.dtype))
+        return _per_head("BTNH,CNH->BTNC", x_BTNH, w, dtype)
     if w.magnitude is not None:
         x_BTNH = x_BTNH * _per_row(dora_factor(_UP, w), x_BTNH)
     b_NHR = w.b.reshape(*x_BTNH.shape[2:], -1)
-    inner_BTNR = scaled(_per_head("BTNH,NHR->BTNR", x_BTNH, b_NHR), w)
-    return _into_latent(x_BTNH, w.base) + _per_head("BTNR,RC->BTNC", inner_BTNR, w.a)
+    inner_BTNR = scaled(_per_head("BTNH,NHR->BTNR", x_BTNH, b_NHR, dtype), w)
+    return _into_latent(x_BTNH, w.base, dtype) + _per_head("BTNR,RC->BTNC", inner_BTNR, w.a, dtype)
 
 
-def _out_of_latent(x_BTNC: jax.Array, w: Any) -> jax.Array:
+def _out_of_latent(x_BTNC: jax.Array, w: Any, dtype: Any) -> jax.Array:
     """Return the product of each head's numbers with its part of a weight, ``[B, T, N, H]``."""
     if not isinstance(w, Lora):
-        return _per_head("BTNC,CNH->BTNH", x_BTNC, _floats(w, x_BTNC.dtype))
-    y_BTNH = _out_of_latent(x_BTNC, w.base)
-    inner_BTNR = scaled(_per_head("BTNC,RC->BTNR", x_BTNC, w.a), w)
-    y_BTNH = y_BTNH + _per_head("BTNR,NHR->BTNH", inner_BTNR, w.b.reshape(*y_BTNH.shape[2:], -1))
+        return _per_head("BTNC,CNH->BTNH", x_BTNC, w, dtype)
+    y_BTNH = _out_of_latent(x_BTNC, w.base, dtype)
+    inner_BTNR = scaled(_per_head("BTNC,RC->BTNR", x_BTNC, w.a, dtype), w)
+    y_BTNH = y_BTNH + _per_head("BTNR,NHR->BTNH", inner_BTNR, w.b.reshape(*y_BTNH.shape[2:], -1), dtype)
     return y_BTNH if w.magnitude is None else y_BTNH * _per_row(dora_factor(_UP, w), y_BTNH)
 
 
@@ -187,10 +189,13 @@ def _per_row(factor_O: jax.Array, x_BTNH: jax.Array) -> jax.Array:
     return factor_O.reshape(x_BTNH.shape[2:]).astype(x_BTNH.dtype)
 
 
-def _floats(w: Any, dtype: Any) -> jax.Array:
-    return w.materialised(dtype) if hasattr(w, "materialised") else w.astype(dtype)
+def _per_head(einsum: str, x: jax.Array, w: Any, dtype: Any) -> jax.Array:
+    """Return the product of each head with its own part of a weight, in the type of ``x``, summed in fp32.
 
-
-def _per_head(einsum: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Return the product of each head with its own part of a weight, in the type of ``x``, summed in fp32."""
-    return jnp.einsum(einsum, x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    The weight, an array or quantised, is rounded to ``dtype`` as in ``dense``, whatever the type of ``x``.
+    """
+    floats = rounded(w.materialised(dtype) if is_quantised(w) else w, dtype)
+    # XLA's CPU compiler has no kernel for batches of bf16 products where it computes one side itself.
+    computed = jnp.float32 if mesh.platform() == "cpu" else x.dtype
+    operands = x.astype(computed), floats.astype(computed)
+    return jnp.einsum(einsum, *operands, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,10 +13,11 @@ from compare import assert_close
 
 from luthier import mesh
 from luthier.config import ModelKeys
-from luthier.model import cache, layers, param
+from luthier.model import cache, layers, param, quant
 from luthier.model.compute import Compute
 from luthier.model.context import Here
 from luthier.model.latent import Latent
+from luthier.model.lora import Lora
 from luthier.model.rope import Rope
 from tiny import params_from_torch
 
@@ -149,6 +151,43 @@ def test_absorbed_through_a_cache_equals_expanded(name: str, chunks: tuple[int, 
             wanted = expanded_BTD[row, lengths_B[row] : lengths_B[row] + counts_B[row]]
             assert_close(out_BTD[row, : counts_B[row]], wanted, 1e-5)
         lengths_B += counts_B
+
+
+def adapted(declared: param.Param, weight: jax.Array) -> Lora:
+    generator = np.random.default_rng(0)
+    ends = ((8, weight.shape[0]), (weight[0].size, 8))
+    return Lora(weight, *(jnp.asarray(0.3 * generator.normal(size=shape), jnp.float32) for shape in ends), scale=0.5)
+
+
+def quantised(kind: str):
+    return lambda declared, weight: jax.tree.map(jnp.asarray, quant.quantised(declared, np.asarray(weight), kind))
+
+
+UP = {"array": lambda declared, weight: weight, "int8": quantised("int8"), "nf4": quantised("nf4"), "lora": adapted}
+
+
+@pytest.mark.parametrize("kind", UP)
+@pytest.mark.parametrize(("float32", "tolerance"), [("none", 1e-2), ("attention", 1e-5)])
+def test_in_bf16_both_forms_multiply_by_the_same_weights(kind: str, float32: str, tolerance: float) -> None:
+    """Weights are rounded alike in both, those too that are computed on the way; so what is kept in fp32 agrees."""
+    latent = Latent(4, None, 64, 32, 16, 32, Rope(interleaved=True))
+    compute, (B, T) = Compute(jnp.bfloat16, float32=float32), (2, 24)
+    device = mesh.make(ModelKeys(), jax.devices()[:1])
+    with mesh.use(device):
+        spec = latent.spec(128, "layer.")
+        params = param.initialise(spec, jax.random.key(0), jnp.float32, device, scale=0.3)
+        params |= {name: UP[kind](spec[name], params[name]) for name in ("k_up", "v_up")}
+        x_BTD = jax.random.normal(jax.random.key(1), (B, T, 128)).astype(compute.attention_dtype)
+        kept = cache.make({"line": latent.line(1)}, B, T, compute.cached("auto"), device)
+
+        @jax.jit
+        def both(params, x_BTD, kept):
+            around = dataclasses.replace(here(latent, positions(B, T)), compute=compute)
+            past = cache.Past(kept, jnp.zeros(B, jnp.int32)).layer("line", jnp.int32(0))
+            return [latent.apply(params, x_BTD, dataclasses.replace(around, past=each))[0] for each in (None, past)]
+
+        expanded_BTD, absorbed_BTD = (np.asarray(out, np.float32) for out in both(params, x_BTD, kept))
+    assert np.linalg.norm(expanded_BTD - absorbed_BTD) <= tolerance * np.linalg.norm(expanded_BTD)
 
 
 def test_a_token_costs_its_small_vector_and_one_key() -> None:
