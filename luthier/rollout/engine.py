@@ -181,8 +181,10 @@ def drive(
 ) -> Iterator[Completion]:
     """Yield the completions of requests by an engine's steps, as ``Engine.generate`` does of such as are checked."""
     check_idle(engine)
-    numbers = {engine.submit(request): index for index, request in enumerate(requests)}
+    numbers: dict[int, int] = {}
     try:
+        for index, request in enumerate(requests):
+            numbers[engine.submit(request)] = index
         while engine.busy:
             for event in engine.step():
                 event = replace(event, request=numbers[event.request])

@@ -130,10 +130,9 @@ class LocalEngine:
         old = self._size
         if old.rows and self.busy:
             return old
-        size = self.limits.size(sequences, length, old)
-        if size.rows <= old.rows and size.length <= old.length:
+        size = self.limits.grown(old, sequences, length)
+        if size == old:
             return old
-        size = self.limits.size(max(size.rows, old.rows), max(size.length, old.length), old) if old.rows else size
         self._hold(NOTHING, {})  # the old one is let go of, before the larger one is made
         stored = cache.make(self._lines, size.rows, size.length, self.limits.dtype, self._mesh)
         self._hold(size, stored)
@@ -180,13 +179,15 @@ class LocalEngine:
         for request in requests:
             self.check(request)
         check_idle(self)
-        longest = max((len(each.prompt) + each.sampling.max_new_tokens for each in requests), default=2)
-        self.reserve(sum(request.samples for request in requests), min(longest, self.limits.length or longest))
+        if requests:
+            longest = max(len(each.prompt) + each.sampling.max_new_tokens for each in requests)
+            self.reserve(sum(request.samples for request in requests), min(longest, self.limits.length or longest))
         return drive(self, requests, on_piece)
 
     def submit(self, request: Request, *, first: bool = False) -> int:
         """Let a request wait for its turn, or with ``first`` go before all that wait, and return its number.
 
+        Its completions end where the cache does: ``reserve`` makes it as long as is needed.
         Raises UserError where it cannot be served.
         """
         self.check(request)
@@ -231,37 +232,53 @@ class LocalEngine:
         return bool(self._queue or self._cancelled or self._slots.busy)
 
     def step(self) -> list[Piece | Completion]:
-        """Let in what waits, draw one chunk, and return its pieces and then what came to its end."""
-        ended = [drawing.completion() for drawing in self._cancelled]
+        """Let in what waits, draw one chunk, and return its pieces and then what came to its end.
+
+        Where that fails, all that is under way or waits is cancelled, and the next requests begin anew.
+        """
+        unfinished = [*self._cancelled, *(drawing for _, drawing in self._slots), *self._queue]
+        try:
+            pieces, ended = self._advance()
+        except BaseException:
+            self._abandon(unfinished)
+            raise
+        cancelled = [drawing.completion() for drawing in self._cancelled]
         self._cancelled.clear()
+        return [*pieces, *cancelled, *ended]
+
+    def _advance(self) -> tuple[list[Piece], list[Completion]]:
         self._admit()
-        if not self._slots.busy:
-            return list(ended)
-        pieces: list[Piece | Completion] = []
-        for row, drawing, piece in self._decode():
+        pieces, ended = [], []
+        for row, drawing, piece in self._decode() if self._slots.busy else ():
             pieces.append(piece)
             if drawing.finish is not None:
                 self._slots.sequences[row] = None
                 ended.append(drawing.completion(self._routes(row, drawing.read)))
-        return [*pieces, *ended]
+        return pieces, ended
+
+    def _abandon(self, unfinished: list[Drawing]) -> None:
+        """Cancel everything, and hold nothing that rows have for read: it is not known what was done in them."""
+        self._cancelled = unfinished
+        self._queue.clear()
+        self._slots.sequences[:] = [None] * self._size.rows
+        self._slots.held_R[:] = -1
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._stored)):  # a program that failed had taken it over
+            self._hold(NOTHING, {})
 
     def _admit(self) -> None:
         """Give free rows to what waits longest, and read the prompts into them."""
         free = len(self._slots.free)
         let_in = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
         let_in.sort(key=lambda drawing: drawing.sample > 0)  # first the prompts that samples copy from
-        try:
-            self._place(let_in)
-        except BaseException:
-            self._slots.held_R[:] = -1  # it is not known what was read
-            raise
+        self._place(let_in)
 
     def _place(self, let_in: list[Drawing]) -> None:
         """Give sequences their rows, and read in waves: what copies from a row waits until that is read."""
         wave: list[tuple[Placement, Drawing]] = []
         for drawing in let_in:
-            placement = self._slots.place(drawing, drawing.prompt_T[:-1], drawing.adapter)
-            if placement.source in [other.row for other, _ in wave]:
+            unread = [other.row for other, _ in wave]
+            placement = self._slots.place(drawing, drawing.prompt_T[:-1], drawing.adapter, unread)
+            if placement.source in unread:
                 self._read(wave)
                 wave = []
             wave.append((placement, drawing))

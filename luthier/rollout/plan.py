@@ -66,6 +66,25 @@ class Limits:
             raise UserError(self._nothing_fits(tokens, budget))
         return Size(rows, tokens)
 
+    def grown(self, old: Size, sequences: int | None, length: int | None) -> Size:
+        """Return the size to which a cache is to grow for what is wanted, as in ``size``.
+
+        It is ``old`` itself where that is enough, or is long enough and there is no memory for more rows: sequences can
+        wait. Raises UserError where not even one sequence fits.
+        """
+        long_enough = length is not None and self._length(length) <= old.length
+        if long_enough and sequences is not None and sequences <= old.rows:
+            return old
+        try:
+            size = self.size(sequences, length, old)
+            if old.rows:
+                size = self.size(max(size.rows, old.rows), max(size.length, old.length), old)
+        except UserError:
+            if not (old.rows and long_enough):
+                raise
+            return old
+        return size if size.rows > old.rows or size.length > old.length else old
+
     @property
     def _platform(self) -> str:
         return self.mesh.devices.flat[0].platform

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from luthier.rollout.engine import Alternatives, Completion, Finish, Piece, Sampling
+from luthier.rollout.text import byte_of
 
 
 @dataclass
@@ -111,20 +112,28 @@ class StopTexts:
         """Return how many of the new tokens lead up to and through the first stop text, and which that is."""
         before = len(self.ids)
         self.ids.extend(tokens_T.tolist())
-        if self._in(self.ids[max(0, before - self._reach) :]) is None:
+        start = self._start(before)
+        # A run of bytes that the chunk breaks off, or that breaks later, hides what was text when it had come so far.
+        whole = all(byte_of(self.tokenizer, token) is None for token in self.ids[start:])
+        if whole and self._in(self.ids[start:]) is None:
             return None
-        for count in range(1, len(tokens_T) + 1):
-            end = before + count
-            text = self._in(self.ids[max(0, end - 1 - self._reach) : end])
+        for end in range(before + 1, len(self.ids) + 1):
+            text = self._in(self.ids[self._start(end - 1) : end])
             if text is not None:
-                return count, text
+                return end - before, text
         return None
 
-    @property
-    def _reach(self) -> int:
-        """The tokens before a new one that can be part of a stop text: one for each of its bytes."""
-        return max(len(text.encode()) for text in self.texts)
+    def _start(self, end: int) -> int:
+        """Return the first of the tokens before ``end`` that can be part of a stop text, with its whole character.
+
+        A token before is looked at for each byte of the longest text.
+        """
+        start = max(0, end - max(len(text.encode()) for text in self.texts))
+        while start and 0x80 <= (byte_of(self.tokenizer, self.ids[start]) or 0) < 0xC0:
+            start -= 1
+        return start
 
     def _in(self, ids: list[int]) -> str | None:
+        """Return the stop text that comes first in the text of these tokens."""
         decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return next((text for text in self.texts if text in decoded), None)
+        return min((text for text in self.texts if text in decoded), key=decoded.find, default=None)

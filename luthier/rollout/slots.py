@@ -10,7 +10,7 @@ Left out on purpose: the cache itself, which the programs hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -63,9 +63,12 @@ class Slots(Generic[S]):
         """Yield (row, sequence) of the rows that have one."""
         return ((row, sequence) for row, sequence in enumerate(self.sequences) if sequence is not None)
 
-    def place(self, sequence: S, tokens_T: np.ndarray, adapter: int = 0) -> Placement:
-        """Give ``sequence`` a free row that is to hold ``tokens_T``, and say what of them is there already."""
-        source, kept = self._longest_prefix(tokens_T, adapter)
+    def place(self, sequence: S, tokens_T: np.ndarray, adapter: int = 0, unread: Collection[int] = ()) -> Placement:
+        """Give ``sequence`` a free row that is to hold ``tokens_T``, and say what of them is there already.
+
+        ``unread`` are rows that are still to be read, which are waited for where that saves ``WORTH_COPYING`` tokens.
+        """
+        source, kept = self._longest_prefix(tokens_T, adapter, unread)
         free = self.free
         row = source if kept and source in free else free[0]
         if row != source and kept < min(WORTH_COPYING, len(tokens_T)):
@@ -92,8 +95,11 @@ class Slots(Generic[S]):
         """Note that no row holds what these weights would have put there; sequences that are under way go on."""
         self.held_R[:] = [0 if sequence is None else -1 for sequence in self.sequences]
 
-    def _longest_prefix(self, tokens_T: np.ndarray, adapter: int) -> tuple[int, int]:
-        """Return the row that begins with most of the tokens (free rows and then the first preferred), and how many."""
+    def _longest_prefix(self, tokens_T: np.ndarray, adapter: int, unread: Collection[int]) -> tuple[int, int]:
+        """Return the row that begins with most of the tokens (free rows and then the first preferred), and how many.
+
+        One that is ``unread`` has to have ``WORTH_COPYING`` more, or all of them.
+        """
         same_RT = self.tokens_RS[:, : len(tokens_T)] == tokens_T
         same_RT &= np.arange(len(tokens_T)) < np.where(self.adapter_R == adapter, self.held_R, 0)[:, None]
         common_R = (
@@ -102,5 +108,7 @@ class Slots(Generic[S]):
         # A ring has lost what stood before its last tokens: of such a row all can be gone on from, or nothing.
         common_R = np.where((self.held_R <= self.ring) | (common_R == self.held_R), common_R, 0)
         free_R = np.asarray([sequence is None for sequence in self.sequences])
-        best = int(np.lexsort((~free_R, -common_R))[0])
+        worth_R = common_R.copy()
+        worth_R[[row for row in unread if common_R[row] < len(tokens_T)]] -= WORTH_COPYING
+        best = int(np.lexsort((~free_R, -worth_R))[0])
         return best, int(common_R[best])

@@ -19,7 +19,7 @@ from luthier.types import Conversation
 
 Message = Mapping[str, Any]
 
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MARK = "\ufdd0"
 """Stands for a reply: a code point that Unicode keeps out of texts."""
 _BROKEN = "\ufffd"
@@ -152,7 +152,7 @@ class TextStream:
     def _decoded(self, last: bool) -> str:
         """Return the text of the pending tokens, or nothing while it could still change."""
         pending = self._pending
-        if not pending or not (last or (len(pending) >= self._wait and not self._is_byte(pending[-1]))):
+        if not pending or not (last or (len(pending) >= self._wait and byte_of(self._tokenizer, pending[-1]) is None)):
             return ""
         text = self._decode(self._context + pending)[self._context_length :]
         if text.endswith(_BROKEN) and not last:
@@ -163,10 +163,6 @@ class TextStream:
         self._pending, self._wait = [], 1
         return text
 
-    def _is_byte(self, token: int) -> bool:
-        """Whether a token stands for one byte by its name: a run of those is all characters, or all broken."""
-        return _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token)) is not None
-
     def _show(self, text: str, last: bool) -> str:
         """Return the text so far but for what may belong to a stop text."""
         text = self._held + text
@@ -175,6 +171,15 @@ class TextStream:
         keep = min(found) if found else len(text) if last else len(text) - _overlap(text, self._stop)
         self._held = text[keep:]
         return text[:keep]
+
+
+def byte_of(tokenizer: Any, token: int) -> int | None:
+    """Return the byte that a token stands for by its name, None for other tokens.
+
+    Of such tokens a run is decoded as a whole: where it is not all characters, all of it is broken.
+    """
+    named = _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(token) or "")
+    return None if named is None else int(named[1], 16)
 
 
 def _overlap(text: str, stop: Sequence[str]) -> int:

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import tiny
-from luthier import mesh
+from luthier import mesh, processes
 from luthier.config import EngineKeys, ModelKeys
 from luthier.errors import UserError
 from luthier.model import param
 from luthier.model.compute import Compute
 from luthier.model.model import Model
-from luthier.rollout import programs
+from luthier.rollout import local, programs
 from luthier.rollout.engine import Completion, Piece, Request, Sampling
 from luthier.rollout.local import LocalEngine
 from luthier.types import Batch
@@ -260,6 +260,51 @@ def test_a_cancelled_request_frees_its_rows() -> None:
     while engine.busy:
         ended += [event for event in engine.step() if isinstance(event, Completion)]
     assert [len(c.tokens_T) for c in ended if c.request == second] == [5]
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("fault", ["prefill", "decode", "taken", "fetch"])
+def test_after_a_failure_all_is_cancelled_and_the_next_request_is_served_as_ever(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A failure as prompts are read, as tokens are drawn, where the cache was taken over, and after that on the host.
+
+    In windows of 8 tokens, what the device has drawn and the host has no record of is written over what was read.
+    """
+    engine, _ = make(kind="gemma3-text")
+    request = Request(prompts(1)[0][:7], 1, Sampling(temperature=0, max_new_tokens=12))
+    (before,) = engine.generate([request])
+    engine.forget()
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        if fault == "taken":
+            jax.tree.map(lambda leaf: leaf.delete(), engine._stored)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        place = processes if fault == "fetch" else programs
+        patch.setattr(place, {"taken": "decode"}.get(fault, fault), broken)
+        numbers = [engine.submit(request) for _ in range(6)]
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert engine.busy
+    ended = engine.step()
+    assert sorted(each.request for each in ended) == numbers
+    assert all(isinstance(each, Completion) and each.finish == "cancelled" for each in ended)
+    assert not engine.busy
+    (after,) = engine.generate([request])
+    np.testing.assert_array_equal(after.tokens_T, before.tokens_T)
+    np.testing.assert_allclose(after.logp_T, before.logp_T, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_cache_that_is_as_large_as_memory_allows_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make(EngineKeys(prefill_chunk_length=16, kv_cache_gib=0.00035))
+    requests = [Request(prompt, 1, Sampling(max_new_tokens=2)) for prompt in prompts(4)]
+    assert engine.reserve(2, 200).rows < len(requests)
+    monkeypatch.setattr(local.cache, "make", None)
+    assert len(list(engine.generate(requests))) == 4
+    assert list(engine.generate([])) == []
 
 
 @pytest.mark.usefixtures("one_device")

@@ -61,6 +61,33 @@ def test_the_old_cache_makes_room_for_the_new(monkeypatch: pytest.MonkeyPatch) -
     assert limits().size(None, None, Size(15, 1024)) == Size(6, 1024)
 
 
+@pytest.mark.parametrize(
+    ("old", "wanted", "size"),
+    [
+        (Size(0, 0), (5, 100), Size(5, 128)),
+        (Size(2, 256), (2, 200), Size(2, 256)),
+        (Size(2, 256), (4, 200), Size(4, 256)),
+        (Size(4, 256), (1, 500), Size(4, 512)),
+        (Size(8, 512), (20, 100), Size(8, 512)),  # all there is memory for: the rest wait
+        (Size(8, 512), (2, 600), Size(6, 640)),
+        (Size(30, 128), (40, 100), Size(32, 128)),
+    ],
+)
+def test_a_cache_grows_to_what_is_wanted_and_stays_where_it_cannot(
+    old: Size, wanted: tuple[int, int], size: Size, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = old.rows * old.length / 128 * MIB
+    monkeypatch.setattr(memory, "available", lambda mesh: 4 * 32.0 * MIB - taken)
+    assert limits().grown(old, *wanted) == size
+
+
+def test_a_cache_that_is_long_enough_stays_when_memory_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda mesh: -1.0 * MIB)
+    assert limits().grown(Size(1, 256), 3, 200) == Size(1, 256)
+    with pytest.raises(UserError, match="keys and values of 384 tokens"):
+        limits().grown(Size(1, 256), 1, 300)
+
+
 def test_a_platform_that_tells_nothing_gets_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda mesh: None)
     assert limits().size(5, 100) == Size(5, 128)

@@ -35,6 +35,15 @@ def test_a_short_beginning_is_not_worth_a_copy_but_a_whole_short_prompt_is() -> 
     assert slots.place("d", ids(range(30, 34))) == Placement(3, 2, 4)
 
 
+def test_a_row_that_is_still_to_be_read_is_waited_for_where_that_saves_much() -> None:
+    slots: Slots[str] = Slots.empty(5, 64, 64)
+    slots.place("a", ids(range(50)))
+    slots.place("b", ids(range(25), range(60, 70)))
+    assert slots.place("c", ids(range(27), range(70, 80)), unread=[0]) == Placement(2, 1, 25)
+    assert slots.place("d", ids(range(45), range(80, 90)), unread=[0]) == Placement(3, 0, 45)
+    assert slots.place("e", ids(range(27), range(70, 80)), unread=[0, 2]) == Placement(4, 2, 37)
+
+
 def test_a_ring_that_went_round_is_only_gone_on_from_where_it_ended() -> None:
     slots: Slots[str] = Slots.empty(3, 64, ring=16)
     slots.place("a", ids(range(40)))
