@@ -179,22 +179,21 @@ def test_a_killed_process_ends_the_others_which_say_so(
     assert "goes on from the last checkpoint" in run.output(other)
 
 
-KILLS = 30
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_thirty_kills_at_random_leave_the_same_run(
-    tmp_path: Path, one_layer: Path, tiny_rows: Path, count: int
+@pytest.mark.parametrize(
+    ("count", "kills"), [(1, 10), *(pytest.param(count, 30, marks=pytest.mark.exhaustive) for count in (1, 2))]
+)
+def test_kills_at_random_leave_the_same_run(
+    tmp_path: Path, one_layer: Path, tiny_rows: Path, count: int, kills: int
 ) -> None:
     """Of one process and of two, of which either may be killed: starting, training, saving or exporting."""
     random = np.random.default_rng(count)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    keys = (f"steps={6 * KILLS}", "checkpoint_period=2", "eval_fraction=0")
+    keys = (f"steps={6 * kills}", "checkpoint_period=2", "eval_fraction=0")
     keys += ("jax_distributed_initialization_timeout=20", LOST_AFTER)  # one killed as it starts is waited for so long
     Run("sft", sft(whole, one_layer, tiny_rows, *keys), whole / "logs", count=count, devices=1).done()
-    for _ in range(KILLS):
+    for _ in range(kills):
         run = Run("sft", sft(killed, one_layer, tiny_rows, *keys), killed / "logs", count=count, devices=1)
         try:
             if random.random() < 0.9:  # else while it starts
