@@ -3,7 +3,7 @@
 A folder ``base_output_directory/run_name`` is left with ``config.yml``, ``results.json`` (at the end, in one piece)
 and, where something was sampled, ``completions.jsonl``, which grows while the command runs.
 
-Left out on purpose: going on with an evaluation that was interrupted.
+Left out on purpose: going on with an evaluation that was interrupted. The next run sets its completions aside.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def run(config: EvalConfig) -> None:
     if not rewards and config.rollout_engine == "vllm":
         raise UserError("rollout_engine=vllm: without reward_functions nothing is sampled. Give some, or leave it out.")
     rows = open_rows(config)
+    reward.check_columns({each.name: reward.needs(each) for each in rewards}, rows.columns, rows.source)
     asked = _prompts(config, rows, rewards) if rewards else []
     chosen = None if rewards else source.selection(config, rows)
     ids: list[list[int]] = []

@@ -1,12 +1,14 @@
 """A Luthier model as the lm-eval harness sees one: its ``LM`` class, registered as ``luthier``.
 
-``--model_args`` takes ``path`` and any key of sampling commands (``dtype=float32,max_length=2048,...``).
+``--model_args`` takes ``path`` and the keys of sampling commands (``dtype=float32,max_length=2048,...``) but those of
+how tokens are drawn: tasks say that.
 
 Left out on purpose: several processes, and parts of prompts that are not text.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from luthier import keys
 from luthier import mesh as mesh_lib
 from luthier.commands.scoring import Scorer
 from luthier.config import InferenceKeys
+from luthier.config.groups import SampleKeys
 from luthier.data import chat
 from luthier.errors import UserError, did_you_mean
 from luthier.rollout import text
@@ -42,6 +45,9 @@ _NAMES = {
 """What other models of the harness call keys."""
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
+"""What tasks may say though it is not done here: at these values it changes nothing."""
+_LOGGER = logging.getLogger(__name__)
 
 
 @register_model("luthier")
@@ -53,11 +59,15 @@ class LuthierLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        trust_remote_code: bool | None = None,
         **arguments: Any,
     ) -> None:
-        """Open the model. ``batch_size`` counts rows on each device; ``max_batch_size`` and ``device`` are not used.
+        """Open the model. ``batch_size`` counts rows on each device.
 
-        Raises UserError for an argument that is no key, and for a model that cannot be opened.
+        ``max_batch_size`` and ``device`` are not used, nor ``trust_remote_code``, which the harness adds to the
+        arguments when it is to trust a dataset's code: none that comes with a model is ever run.
+
+        Raises UserError for an argument that is no key of a model, and for a model that cannot be opened.
         """
         super().__init__()
         rows = _rows(batch_size)
@@ -71,6 +81,7 @@ class LuthierLM(TemplateLM):
         # One more than the model reads: the last token of a sequence is scored, and not read.
         self._scorer = Scorer(self.opened, rows, self.max_length + 1)
         self._engine: LocalEngine | None = None
+        self._warned = False
 
     @property
     def eot_token_id(self) -> int:
@@ -98,6 +109,7 @@ class LuthierLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the conversation as text, to be answered or, if the last message is the answer's start, to go on with.
 
+        A template that refuses system messages gets the conversation without them, as with the harness's own models.
         Raises UserError where there is no template, or it refuses the conversation.
         """
         if not self.tokenizer.chat_template:
@@ -112,10 +124,14 @@ class LuthierLM(TemplateLM):
                 continue_final_message=not add_generation_prompt,
             )
         except jinja2.TemplateError as error:
+            spoken = [message for message in chat_history if message["role"] != "system"]
+            if len(spoken) < len(chat_history):
+                self._warn_of_system(error)
+                return self.apply_chat_template(spoken, add_generation_prompt)
             roles = ", ".join(message["role"] for message in chat_history)
             raise UserError(
-                f"the chat template refuses a conversation of {roles}: {error}. Without --system_instruction or "
-                "--fewshot_as_multiturn it may do."
+                f"the chat template refuses a conversation of {roles}: {error}. Without --fewshot_as_multiturn it may "
+                "do."
             ) from None
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -156,7 +172,9 @@ class LuthierLM(TemplateLM):
         for _request, _context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise UserError(f"a continuation of {len(continuation)} tokens is over max_length={self.max_length}.")
-        sequences = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        # A context of white space alone, which the harness moves to the continuation, leaves none to score it after.
+        whole = ((context or [self.prefix_token_id]) + continuation for _, context, continuation in requests)
+        sequences = [tokens[-(self.max_length + 1) :] for tokens in whole]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         with mesh_lib.use(self.opened.mesh), tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring") as bar:
             for index, logp_T, greedy_T in self._scorer.score(sequences):
@@ -167,6 +185,11 @@ class LuthierLM(TemplateLM):
                 bar.update(1)
         return found
 
+    def _warn_of_system(self, error: jinja2.TemplateError) -> None:
+        if not self._warned:
+            _LOGGER.warning("The chat template refuses system messages, so they are left out: %s", error)
+        self._warned = True
+
     def _sampler(self) -> LocalEngine:
         """Return the engine, made when it is first needed: many tasks never sample."""
         if self._engine is None:
@@ -174,18 +197,18 @@ class LuthierLM(TemplateLM):
         return self._engine
 
     def _sampling(self, wanted: Mapping[str, Any]) -> Sampling:
-        """Return the task's ``generation_kwargs`` as ours: greedy unless it says otherwise."""
-        known = ("until", "do_sample", *_LENGTHS, *_DRAWING)
-        for name in wanted:
-            if name not in known:
-                raise UserError(f"generation_kwargs: `{name}` is not known here.{did_you_mean(name, known)}")
+        """Return the task's ``generation_kwargs`` as ours: greedy unless it says otherwise. None is as if left out."""
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        _check_wanted(wanted)
         length = int(next((wanted[name] for name in _LENGTHS if name in wanted), self.config.max_new_tokens))
         if length >= self.max_length:
-            raise UserError(f"max_gen_toks={length} leaves no room for a prompt in max_length={self.max_length}.")
-        drawn: dict[str, Any] = {name: wanted[name] for name in _DRAWING if wanted.get(name) is not None}
+            raise UserError(
+                f"max_gen_toks={length} leaves no room for a prompt in max_length={self.max_length}. Set it lower."
+            )
+        drawn: dict[str, Any] = {name: wanted[name] for name in _DRAWING if name in wanted}
         if not wanted.get("do_sample", drawn.get("temperature", 0) > 0):
             drawn = {"temperature": 0.0}
-        until = wanted.get("until") or []
+        until = wanted.get("until", [])
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         # Special tokens are no text: one that is asked for as a stop text ends a completion as a token.
         special = {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -198,8 +221,27 @@ class LuthierLM(TemplateLM):
 
 
 def _config(arguments: Mapping[str, Any]) -> InferenceKeys:
+    """Return the keys of the model. Raises UserError for one that says how tokens are drawn, which tasks do."""
     pairs = [f"{_NAMES.get(name, name)}={'null' if value is None else value}" for name, value in arguments.items()]
-    return keys.read(InferenceKeys, pairs, os.environ)
+    config = keys.read(InferenceKeys, pairs, os.environ)
+    for name in SampleKeys.model_fields:
+        if name in config.model_fields_set and name != "max_new_tokens":
+            raise UserError(
+                f"{name}={getattr(config, name)}: the harness's tasks say how tokens are drawn and where answers end. "
+                "Leave it out of --model_args and the environment; --gen_kwargs do_sample=true,temperature=0.7 changes "
+                "what tasks say."
+            )
+    return config
+
+
+def _check_wanted(wanted: Mapping[str, Any]) -> None:
+    """Raise UserError for a setting of a task that would change something, and does not here."""
+    known = ("until", "do_sample", *_LENGTHS, *_DRAWING, *_NEUTRAL)
+    for name, value in wanted.items():
+        if name not in known:
+            raise UserError(f"generation_kwargs: `{name}` is not known here.{did_you_mean(name, known)}")
+        if name in _NEUTRAL and value != _NEUTRAL[name]:
+            raise UserError(f"generation_kwargs: {name}={value} is not done here. Set it to {_NEUTRAL[name]}.")
 
 
 def _rows(batch_size: int | str) -> int:

@@ -40,7 +40,9 @@ class InferenceKeys(SampleKeys, EngineKeys, TemplateKeys, QuantisationKeys, Mode
     @model_validator(mode="after")
     def _check_inference(self) -> Self:
         check_model(self)
-        if self.max_target_length and self.max_new_tokens >= self.max_target_length:
+        # The default, which a saved recipe holds too, asks for nothing: completions then end where the room does.
+        asked = self.max_new_tokens != type(self).model_fields["max_new_tokens"].default
+        if asked and self.max_target_length and self.max_new_tokens >= self.max_target_length:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_target_length="
                 f"{self.max_target_length}: lower the first or raise the second"

@@ -18,10 +18,29 @@ _ALONE = re.compile(rf"[\s*$=]*{_NUMBER.pattern}(?:{_UNIT}|{_REASON})", re.IGNOR
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _COLON = r"(?:\s+is)?\s*:[ \t*]*(?:\n[\s*]*(?:(?:\$\$|\\\[)\s*\n\s*)?(?!.*\banswer\b))?"
 """After a colon the answer may stand below, unless that line marks one itself; an opening ``$$`` or ``\\[`` is none."""
-_WORDS = re.compile(rf"\banswer(?:\*\*)?(?:{_COLON}|\s+is\b)(?P<answer>.*)", re.IGNORECASE)
+_AGAIN = r"(?:[ \t*]*(?:the\s+)?(?:final\s+|correct\s+)?answer\s+is\b:?)?"
+"""What says once more, behind a colon, that the answer follows."""
+_WORDS = re.compile(rf"\banswer(?:\*\*)?(?:{_COLON}{_AGAIN}|\s+is\b)(?P<answer>.*)", re.IGNORECASE)
+_HOPE = re.compile(r"[.,!]?\s*I hope (?:it|this) is correct\b.*", re.IGNORECASE)
+"""How a well-known prompt for mathematics has answers end."""
 _BOX = r"\boxed{"
 _HASHES = "####"
 _HASHED = re.compile(r"####[ \t]*(?P<line>(?![\s#])(?:(?!##).)+)")
+_TEXT = r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"
+_FORMS = [
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"^\s*(?:\$\$?|\\\[|\\\()([^$]*?)(?:\$\$?|\\\]|\\\))[\s.]*$", r"\1"),
+        (r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]", ""),
+        (rf"(?<=[\w)}}%])\s*{_TEXT}(?:\^\{{?\d\}}?)?\s*$", ""),  # a unit
+        (rf"^\s*{_TEXT}\s*$", r"\1"),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\frac\s*(\w)(?=\s*(?:\{|\w(?!\w)))", r"\\frac{\1}"),  # braces that may be left out
+        (r"(\\frac\s*\{[^{}]*\})\s*(\w)(?!\w)", r"\1{\2}"),
+        (r"^\s*(-?)\s*\\frac\s*\{\s*(\w+)\s*\}\s*\{\s*(\w+)\s*\}\s*$", r"\1\2/\3"),
+    )
+]
+"""Ways of LaTeX to write what has a plainer form, in the order in which they are undone."""
 _TITLE = re.compile(r"[*_\s]*(?:\d+[.):]\s+)?[^\W\d_]")
 """How the title of a Markdown heading begins: with a letter, after a number at most."""
 
@@ -58,7 +77,7 @@ def stated(text: str, *, reference: bool = False) -> str | None:
     elif marked is None:
         marked = next((mark["line"].strip() for mark in _hashed(text) if not _is_heading(mark)), None)
     if marked is None and (found := list(_WORDS.finditer(text))):
-        marked = found[-1]["answer"].strip(" \t*_.")
+        marked = _HOPE.sub("", found[-1]["answer"]).strip(" \t*_.")
     return marked or None
 
 
@@ -82,7 +101,8 @@ def final_answer(text: str) -> str | None:
 
     The marked answer, else the last number, else the last line; None where there is no text.
     """
-    answer = stated(text) or final_number(text) or next(filter(None, reversed(text.split("\n"))), "")
+    answer = stated(text) or final_number(text) or next(filter(str.strip, reversed(text.split("\n"))), "")
+    answer = _simple(answer)
     alone = _ALONE.fullmatch(_tidy(answer))
     return _plain(alone) if alone else " ".join(answer.split()).casefold() or None
 
@@ -98,6 +118,13 @@ def _is_heading(mark: re.Match[str]) -> bool:
 
 def _numbers(text: str) -> list[str]:
     return [_plain(match) for match in _NUMBER.finditer(_tidy(text))]
+
+
+def _simple(text: str) -> str:
+    """Return ``text`` with what LaTeX can write in several ways written in one."""
+    for pattern, form in _FORMS:
+        text = pattern.sub(form, text)
+    return text
 
 
 def _tidy(text: str) -> str:

@@ -47,7 +47,19 @@ def interrupted(completions, **kwargs):
     return [1.0] * len(completions)
 
 def fails(question, **kwargs):
+    raise ZeroDivisionError
+
+def flaky(question, **kwargs):
     return [1.0 / (question[0] != "What is 3 + 3?") for _ in question]
+
+def partly(question, **kwargs):
+    return [ConnectionError("away") if question[0] == "What is 1 + 1?" and not n else 1.0 for n in range(len(question))]
+
+def nothing(completions, **kwargs):
+    return [None] * len(completions)
+
+def lacking(completions, solution):
+    return [1.0] * len(completions)
 """
 
 
@@ -105,7 +117,8 @@ def test_results_are_those_of_the_completions(first):
         assert measures["pass@1"]["value"] == pytest.approx((given_PG >= 0.5).mean())
         assert measures[f"pass@{SAMPLES}"]["value"] == pytest.approx((given_PG >= 0.5).any(axis=1).mean())
         assert measures["mean"]["low"] <= measures["mean"]["value"] <= measures["mean"]["high"]
-        assert set(measures) == {"mean", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4", "unscored_prompts"}
+        assert set(measures) == {"mean", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4", "unscored_prompts",
+                                 "failed_completions"}  # fmt: skip
     lengths = [line["completion_tokens"] for line in lines]
     assert found["completions"]["mean_length"] == pytest.approx(np.mean(lengths))
     assert found["completions"]["clipped_ratio"] == np.mean([line["finish_reason"] == "length" for line in lines])
@@ -161,6 +174,60 @@ def test_messages_are_seen_as_messages(tiny_model, rows, tmp_path, capsys):
     assert cli.main(["eval", *asked]) == 0, capsys.readouterr().err
     assert results(tmp_path)[0]["rewards"]["seen"]["mean"]["value"] == 0.5
     assert "seen pass@2" in capsys.readouterr().out
+
+
+def test_what_fails_is_unscored_and_the_run_goes_on(tiny_model, rows, tmp_path, capsys):
+    functions = ", ".join(f"'{rows}/own.py:{name}'" for name in ("flaky", "partly", "nothing"))
+    assert cli.main(["eval", *keys(tiny_model, rows, tmp_path, reward_functions=f"[{functions}]")]) == 0
+    found, lines = results(tmp_path)
+    counts = {name: (each["failed_completions"], each["unscored_prompts"]) for name, each in found["rewards"].items()}
+    assert counts == {"flaky": (SAMPLES, 1), "partly": (1, 1), "nothing": (0, PROMPTS)}
+    assert found["rewards"]["flaky"]["mean"]["value"] == found["rewards"]["partly"]["mean"]["value"] == 1.0
+    assert [line["rewards"]["flaky"] for line in lines if line["index"] == 3] == [None] * SAMPLES
+    assert sum(line["rewards"]["partly"] is None for line in lines) == 1
+    said = capsys.readouterr().out
+    assert "line 4: reward function `flaky` failed: ZeroDivisionError" in said
+    assert "line 2: reward function `partly` failed: ConnectionError: away" in said
+    assert f"`flaky` failed on {SAMPLES} completions of 1 prompts" in said
+    assert "`nothing` gave None to completions of every prompt, so it has no mean" in said
+    assert f"failed_completions {SAMPLES}" in " ".join(said.split())
+
+
+def test_a_function_that_always_fails_ends_the_run_soon(tiny_model, rows, tmp_path, capsys):
+    functions = f"['{rows}/own.py:even', '{rows}/own.py:fails']"
+    assert cli.main(["eval", *keys(tiny_model, rows, tmp_path, reward_functions=functions, max_num_seqs=1)]) == 2
+    assert "`fails` failed: ZeroDivisionError" in capsys.readouterr().err
+    lines = (tmp_path / "eval" / "completions.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * SAMPLES  # what was sampled is kept
+
+
+def test_completions_of_an_unfinished_run_are_set_aside(tiny_model, rows, tmp_path, capsys):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "config.yml").touch()
+    (tmp_path / "eval" / "completions.jsonl").write_text("second\n")
+    (tmp_path / "eval" / "completions.1.jsonl").write_text("first\n")
+    asked = keys(tiny_model, rows, tmp_path, reward_functions="['final_number']", hf_eval_split="train[:1]")
+    assert cli.main(["eval", *asked]) == 0, capsys.readouterr().err
+    assert [(tmp_path / "eval" / f"completions.{n}.jsonl").read_text() for n in (1, 2)] == ["first\n", "second\n"]
+    assert len(results(tmp_path)[1]) == SAMPLES
+    assert "completions.2.jsonl" in capsys.readouterr().out
+
+
+def test_columns_are_checked_before_the_model_is_opened(rows, tmp_path, capsys):
+    asked = keys(tmp_path / "no_model", rows, tmp_path, reward_functions=f"['{rows}/own.py:lacking']")
+    assert cli.main(["eval", *asked]) == 2
+    assert "`lacking` needs `solution`" in capsys.readouterr().err
+
+
+def test_the_default_length_of_completions_is_cut_to_the_room(tiny_model, rows, tmp_path):
+    asked = keys(
+        tiny_model, rows, tmp_path, reward_functions="['final_number']", max_new_tokens=None, ignore_eos="true",
+        num_generations=1, hf_eval_split="train[:1]",
+    )  # fmt: skip
+    assert cli.main(["eval", *asked]) == 0
+    ((line,), recipe) = results(tmp_path)[1], tmp_path / "eval" / "config.yml"
+    assert line["prompt_tokens"] + line["completion_tokens"] == 96
+    assert cli.main(["eval", str(recipe), "run_name=again"]) == 0  # a recipe that holds the default
 
 
 @needs_reasoning_gym
@@ -233,7 +300,8 @@ def test_replies_of_conversations_are_scored_where_no_function_is_named(tiny_mod
         ({"pass_at_k": "[8]"}, ["pass_at_k=8", "num_generations=4"]),
         ({"max_new_tokens": 96}, ["max_new_tokens=96", "max_target_length=96"]),
         ({"max_target_length": 16}, ["rows.jsonl, line 1", "16"]),
-        ({"reward_functions": "['{rows}/own.py:fails']"}, ["line 4", "`fails` failed: ZeroDivisionError"]),
+        ({"reward_functions": "['{rows}/own.py:fails']"}, ["rows.jsonl, line", "`fails` failed: ZeroDivisionError"]),
+        ({"reward_functions": "['{rows}/own.py:lacking']"}, ["rows.jsonl", "`lacking` needs `solution`", "answer"]),
         ({"hf_path": "{rows}/text.jsonl"}, ["plain text", "final_number"]),
         ({"hf_path": "{rows}/empty.jsonl"}, ["empty.jsonl, line 1", "nothing comes before its reply"]),
         ({"load_parameters_path": "nowhere.gguf"}, ["nowhere.gguf"]),

@@ -74,6 +74,9 @@ def test_boxed(text, answer):
         ("reasons\n#### 5\nmore", "5"),
         ("The answer is **12 apples**.", "12 apples"),
         ("Answer: 3\nFinal answer: 4", "4"),
+        ("Final Answer: The final answer is $7$. I hope it is correct.", "$7$"),
+        ("Answer: The answer is: 7", "7"),
+        ("The answer is 5, since the answer is odd", "5, since the answer is odd"),
         ("I have an answer in mind", None),
         ("nothing marked 5", None),
         ("Answer:\n42", "42"),
@@ -110,8 +113,31 @@ def test_hashes_in_a_reference_are_always_a_mark():
             "The answer is $1000$ dollars.",
             "**Answer:**\n\n**1000**",
         ),
-        ("<answer>Paris</answer>", "answer: paris.", "Let me think.\n\nPARIS"),
+        ("<answer>Paris</answer>", "answer: paris.", "Let me think.\n\nPARIS", "paris\n ", "so\nParis\n \t\n\n"),
         (r"\boxed{\sqrt{2}}", r"Answer: \sqrt{2}"),
+        (
+            r"\boxed{\frac{1}{2}}",
+            r"\boxed{\dfrac{1}{2}}",
+            r"\boxed{ \frac12 }",
+            r"\boxed{\tfrac 1 2}",
+            r"\boxed{\frac1{2}}",
+            r"\boxed{\frac{1}2}",
+            r"The answer is $\frac{1}{2}$.",
+            r"Answer: \(\frac{ 1 }{ 2 }\)",
+            r"\boxed{\frac{1}{2}\text{ apples}}",
+            r"\boxed{\frac{1}{2}\,\text{m}}",
+            "The answer is 1/2.",
+        ),
+        (
+            "Final Answer: The final answer is $7$. I hope it is correct.",
+            "The answer is 7. I hope this is correct.",
+            r"\boxed{7 \text{ apples}}",
+            r"\boxed{7\text{cm}^2}",
+            r"\boxed{7\,\mathrm{m}}",
+            "Answer: $7$ apples",
+        ),
+        (r"\boxed{\text{Paris}}", r"\boxed{\textbf{Paris}}", "Paris"),
+        (r"\boxed{\left(1, \dfrac{x+1}{2}\right)}", r"\boxed{(1, \frac{x+1}{2})}"),
     ],
 )
 def test_votes_for_the_same_answer_are_equal(texts):
@@ -120,7 +146,22 @@ def test_votes_for_the_same_answer_are_equal(texts):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("Answer: 2x", "Answer: 2"), ("Answer: 2, 3", "Answer: 2"), (r"\boxed{\sqrt{2}}", r"\boxed{2}"), ("a", "b")],
+    [
+        ("Answer: 2x", "Answer: 2"),
+        ("Answer: 2, 3", "Answer: 2"),
+        (r"\boxed{\sqrt{2}}", r"\boxed{2}"),
+        ("a", "b"),
+        (r"\boxed{\frac{1}{2}}", r"\boxed{\frac{2}{1}}"),
+        (r"\boxed{\frac{1}{23}}", r"\boxed{\frac{12}{3}}"),
+        (r"\boxed{x = \text{yes}}", r"\boxed{x = \text{no}}"),
+        (r"\boxed{\frac{1}{x+1}}", r"\boxed{1/x+1}"),
+        (r"\boxed{\leftarrow}", r"\boxed{\rightarrow}"),
+        ("Answer: $1$ or $2$", "Answer: $1$ and $2$"),
+        (r"\boxed{2^\frac{1}{2}}", r"\boxed{2}"),
+        (r"\boxed{3\frac12}", r"\boxed{\frac{31}{2}}"),
+        (r"\boxed{5\text{ and }6}", r"\boxed{5\text{ and }7}"),
+        (r"\boxed{-\frac12}", r"\boxed{\frac12}"),
+    ],
 )
 def test_votes_for_other_answers_are_not(one, other):
     assert answers.final_answer(one) != answers.final_answer(other)
