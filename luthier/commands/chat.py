@@ -7,6 +7,7 @@ keeping conversations, and tools.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from luthier import mesh as mesh_lib
@@ -31,13 +32,8 @@ def run(config: ChatConfig) -> None:
     if "decode_steps" not in config.model_fields_set:
         changes["decode_steps"] = _DECODE_STEPS
     config = config.model_copy(update=changes)
-    others = [
-        config.model_copy(
-            update={"load_parameters_path": path, "model_name": "", "tokenizer_path": "", "lora_path": ""}
-        )
-        for path in config.compare
-    ]
-    voices = [_open(each) for each in (config, *others)]
+    voices = [_open(config, chat.prompt_rendering), *(_open(_compared(config, path), _own) for path in config.compare)]
+    _tell_templates(voices)
     with mesh_lib.use(voices[0].opened.mesh), output.until_closed():
         converse(Session(config, voices), chat_terminal.screen())
 
@@ -72,16 +68,39 @@ def ending(session: Session, voice: Voice) -> str:
     most = session.config.max_new_tokens
     if len(answer.tokens_T) >= most:
         return f"(cut at max_new_tokens={most}; /settings max_new_tokens={2 * most} allows more)"
-    return f"(cut: the conversation fills the {voice.engine.limits.length} tokens of the context; /reset begins anew)"
+    return f"(cut: the conversation fills the {voice.engine.length} tokens there are; {voice.way_out})"
 
 
-def _open(config: ChatConfig) -> Voice:
+def _compared(config: ChatConfig, path: str) -> ChatConfig:
+    """Return the keys of a further model: what is the first one's alone is left out."""
+    changes = {"load_parameters_path": path, "model_name": "", "tokenizer_path": "", "lora_path": ""}
+    return config.model_copy(update=changes)
+
+
+def _own(config: ChatConfig, tokenizer: Any) -> chat.Rendering:
+    """Return how a further model is asked: by its own chat template, where it has one. It may be of another family."""
+    if tokenizer.chat_template:
+        config = config.model_copy(update={"chat_template": "", "chat_template_path": ""})
+    return chat.prompt_rendering(config, tokenizer)
+
+
+def _tell_templates(voices: Sequence[Voice]) -> None:
+    """Say which models are not asked by the chat template that was named."""
+    first, *others = voices
+    for voice in others if first.how.use_chat_template and first.how.template else ():
+        if not voice.how.template:
+            told = f"{voice.name} goes by a chat template of its own, not by the one that was named."
+            terminal.messages().print(told, markup=False)
+
+
+def _open(config: ChatConfig, render: Callable[[ChatConfig, Any], chat.Rendering]) -> Voice:
+    """Return a model, opened, that is asked as ``render`` says. Raises UserError for one that cannot be."""
     console = terminal.messages()
 
     def look(source: Any, tokenizer: Any) -> None:
         """Refuse a model that cannot be talked with before its weights are read."""
         messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        how = chat.prompt_rendering(config, tokenizer)
+        how = render(config, tokenizer)
         try:
             text.encode(tokenizer, how, [*messages, {"role": "user", "content": "Hello"}])
         except RowError as error:
@@ -93,4 +112,4 @@ def _open(config: ChatConfig) -> Voice:
     with mesh_lib.use(opened.mesh):
         engine = open_engine(config, opened)
         engine.reserve(1)  # raises where the memory is not enough, now and not at the first message
-    return Voice(opened, engine, chat.prompt_rendering(config, opened.tokenizer))
+    return Voice(opened, engine, render(config, opened.tokenizer))

@@ -48,6 +48,7 @@ class Voice:
     history: list[Message] = field(default_factory=list)
     answer: Completion | None = None
     said: str = ""
+    _number: int = field(default=-1, init=False)
 
     @property
     def name(self) -> str:
@@ -63,13 +64,21 @@ class Voice:
             ids = text.encode(self.opened.tokenizer, self.how, messages)
         except RowError as error:
             raise UserError(f"{self.name}: {error}") from None
-        limit = self.engine.limits.length
+        limit = self.engine.length
         if limit is not None and len(ids) >= limit:
             raise UserError(
                 f"{self.name} reads {limit} tokens at most, and the conversation has {len(ids)} with this message, "
-                "which is left out. /reset begins a new one."
+                f"which is left out. {self.way_out}."
             )
         return ids
+
+    @property
+    def way_out(self) -> str:
+        """What to do when the conversation has become too long."""
+        length, most = self.engine.length, self.engine.limits.length
+        if length is None or most is None or length >= most:
+            return "/reset begins a new one"
+        return f"/reset begins a new one; with more memory for the cache (kv_cache_gib) it can have up to {most}"
 
     def begin(self, request: Request) -> None:
         """Begin an answer."""
@@ -83,10 +92,18 @@ class Voice:
         if self.answer is None:
             self.engine.cancel(self._number)
 
+    def abandon(self) -> None:
+        """End the answer, and leave nothing of it in the engine."""
+        self.stop()
+        if self.engine.busy:
+            self.engine.step()  # which tells that it was cancelled
+
     def step(self) -> str:
         """Go on with the answer and return what is new; ``answer`` is there once it is whole."""
         new = ""
         for event in self.engine.step():
+            if event.request != self._number:
+                continue
             if isinstance(event, Completion):
                 self.answer = event
                 new += self._stream.close()
@@ -118,9 +135,14 @@ class Session:
         ]
         for voice, request in zip(self.voices, requests, strict=True):
             voice.engine.check(request)
-        for voice, request in zip(self.voices, requests, strict=True):
-            voice.begin(request)
-        yield from self._said()
+        try:
+            for voice, request in zip(self.voices, requests, strict=True):
+                voice.begin(request)
+            yield from self._said()
+        except BaseException:  # what is left in an engine would be in the way of the next message
+            for voice in self.voices:
+                voice.abandon()
+            raise
         for voice in self.voices:
             if voice.said or not self._stopping:
                 voice.history += [message, {"role": "assistant", "content": voice.said}]

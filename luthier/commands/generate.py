@@ -76,7 +76,7 @@ def run(config: GenerateConfig) -> None:
     """
     console = terminal.messages()
     prompts = prompts_lib.read(config)
-    output.check(config.output_path)
+    output.check(config.output_path, config.prompts_path)
     with Chosen(config, partial(console.print, markup=False)) as chosen:
         job = _open(config, prompts, chosen, console)
         with mesh_lib.use(job.opened.mesh):
@@ -130,9 +130,10 @@ def in_order(completions: Iterator[Completion], samples: int) -> Iterator[Comple
 def write(job: Job, engine: Engine, console: Console) -> None:
     """Write a JSON line for each completion, with a progress bar on a terminal that shows nothing else."""
     config = job.config
-    alone = console.is_terminal and bool(config.output_path or not sys.stdout.isatty())
+    alone = console.is_terminal and not (output.is_standard(config.output_path) and sys.stdout.isatty())
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, disable=not alone)
+    # Rich would send what is written to standard output where the bar is: to the terminal, in place of the file.
+    bar = Progress(*columns, console=console, disable=not alone, redirect_stdout=False)
     task = bar.add_task("", total=len(job.requests) * config.num_generations, speed="")
 
     def counted() -> Iterator[Completion]:

@@ -48,13 +48,22 @@ def encode(
 def _from_file(name: str) -> Iterator[Prompt]:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"prompts_path={name}: no such file. Give a .txt file of one prompt a line, or a .jsonl file.")
-    if path.suffix not in (".txt", *SUFFIXES):
-        raise UserError(f"prompts_path={name}: cannot read `{path.suffix}` files. Give .txt or {', '.join(SUFFIXES)}.")
+        problem = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"prompts_path={name}: {problem}. Give a .txt file of one prompt a line, or a .jsonl file.")
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", *SUFFIXES):
+        raise UserError(f"prompts_path={name}: {_unknown(path)} Give .txt or {', '.join(SUFFIXES)}.")
     try:
-        yield from _lines(path) if path.suffix == ".txt" else _rows(path)
+        yield from _lines(path) if suffix == ".txt" else _rows(path)
     except OSError as error:
         raise UserError(f"prompts_path={name}: cannot be read ({error.strerror}). Make it readable.") from None
+
+
+def _unknown(path: Path) -> str:
+    """Return why the name of a file does not say how it is to be read."""
+    if path.suffix:
+        return f"cannot read `{path.suffix}` files."
+    return "the name has no suffix, so it does not say what is in the file. Rename it."
 
 
 def _lines(path: Path) -> Iterator[Prompt]:
@@ -76,8 +85,20 @@ def _rows(path: Path) -> Iterator[Prompt]:
         column = next((name for name in ALONE if name in row), None)
         if column is None:
             listed = ", ".join(f"`{name}`" for name in row) or "none"
-            raise UserError(f"{place}: none of the columns {', '.join(ALONE)} in this row, which has {listed}.")
+            raise UserError(
+                f"{place}: none of the columns {', '.join(ALONE)} in this row, which has {listed}. Rename the one that "
+                "holds the prompt to `prompt`, or remove the row."
+            )
+        _check(row[column], f"{place}: column `{column}`")
         yield prompts.read_row(row, place, Alone(column))
+
+
+def _check(content: Any, place: str) -> None:
+    """Refuse what is neither a text nor a list, before it is read as the latter. Raises UserError naming ``place``."""
+    if isinstance(content, str | list):
+        return
+    found = "null" if content is None else f"{content!r:.57} ({type(content).__name__})"
+    raise UserError(f"{place}: {found} where a text or a list of messages should be. Fix or remove the row.")
 
 
 def _from_text(content: str, place: str) -> Prompt:

@@ -237,11 +237,12 @@ class Selected:
 
 def read_file(path: Path) -> Rows:
     """Open a data file by its suffix. Raises UserError for one that cannot be read as what it is called."""
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return Parquet(path)
-    if path.suffix == ".csv":
+    if suffix == ".csv":
         return _csv(path)
-    return _json_array(path) if path.suffix == ".json" and _first_character(path) == b"[" else JsonLines(path)
+    return _json_array(path) if suffix == ".json" and _first_character(path) == b"[" else JsonLines(path)
 
 
 def digest(*parts: str | bytes | memoryview) -> str:

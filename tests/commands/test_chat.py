@@ -28,8 +28,9 @@ from luthier.commands.chat_session import HELP, Said, Session, Voice
 from luthier.config import resolve
 from luthier.data.chat import Rendering
 from luthier.errors import UserError
-from luthier.rollout import text
-from luthier.rollout.engine import Completion, Piece
+from luthier.memory import GIB
+from luthier.rollout import plan, text
+from luthier.rollout.engine import Completion, Piece, Request, Sampling
 from luthier.rollout.local import LocalEngine
 from luthier.rollout.opened import open_model
 from tiny import ROOT
@@ -44,7 +45,7 @@ class Scripted:
 
     def __init__(self, *answers: str, limit: int | None = None, per_step: int = 3) -> None:
         self.answers, self.asked, self.cancelled = deque(answers), [], False
-        self.limits = SimpleNamespace(length=limit)
+        self.limits, self.length, self.busy = SimpleNamespace(length=limit), limit, False
         self._per_step, self._left, self._said = per_step, [], []
 
     def check(self, request) -> None:
@@ -343,6 +344,54 @@ def test_the_real_engine_fills_the_context(real):
         said(here, "hello")
 
 
+def test_where_one_of_several_cannot_begin_none_answers_later(real, monkeypatch):
+    here, fresh = real(temperature=0.0), real(temperature=0.0)
+    second = voice(Scripted("Eins."), "after")
+    here.voices.append(second)
+
+    def full(request):
+        raise UserError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(second.engine, "submit", full)
+        with pytest.raises(UserError, match="no room"):
+            said(here, "a message that is refused")
+    first = here.voices[0]
+    assert not first.engine.busy
+    assert first.history == []
+    assert said(here, "hello") == [*said(fresh, "hello"), "Eins."]
+    assert not first.engine.busy
+
+
+def test_an_answer_that_nobody_hears_out_is_not_the_next_one(real):
+    here = real(max_new_tokens=200, ignore_eos=True, decode_steps=2)
+    answers = here.answer("hello")
+    next(answers)
+    answers.close()
+    engine = here.voices[0].engine
+    assert not engine.busy
+    engine.submit(Request([5, 6, 7], 1, Sampling(max_new_tokens=4)))  # somebody else's
+    here.command("/settings max_new_tokens=5")
+    said(here, "more")
+    assert here.voices[0].answer.request == here.voices[0]._number
+    assert len(here.voices[0].answer.tokens_T) == 5
+
+
+def test_where_memory_cut_the_cache_that_is_what_is_told(real, monkeypatch):
+    monkeypatch.setattr(plan, "LENGTH_FIRST", 64)
+    here = real(kv_cache_gib=1e-9, max_new_tokens=100, ignore_eos=True)
+    row = here.voices[0].engine.limits._bytes(64)
+    here = real(kv_cache_gib=row / GIB, max_new_tokens=100, ignore_eos=True)
+    here.voices[0].engine.reserve(1)
+    said(here, "hello")
+    note = chat.ending(here, here.voices[0])
+    assert "cut: the conversation fills the 64 tokens" in note
+    assert "kv_cache_gib) it can have up to 512" in note
+    with pytest.raises(UserError, match=r"reads 64 tokens at most.*left out.*kv_cache_gib") as error:
+        said(here, "hello")
+    assert "up to 512" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
@@ -361,6 +410,20 @@ def test_what_cannot_be_talked_with_is_refused_before_weights_are_read(tiny_mode
     message = capsys.readouterr().err
     assert message.startswith("luthier chat: ")
     assert all(word in message for word in words), message
+
+
+def test_a_template_that_is_named_is_not_for_models_that_have_one(tiny_model, tmp_path, monkeypatch, capsys):
+    tiny.write_model(tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    heard = []
+    monkeypatch.setattr(chat, "converse", lambda session, screen: heard.extend(session.voices))
+    keys = (f"chat_template_path={tmp_path / 'own.jinja'}", f"compare=[{tiny_model},{tmp_path / 'bare'}]")
+    assert cli.main(["chat", CACHE, f"load_parameters_path={tiny_model}", *keys]) == 0
+    asked_by = [WORDS.decode(each.prompt([{"role": "user", "content": "a"}])) for each in heard]
+    assert asked_by == ["<a>", asked("user", "a"), "<a>"]
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert told.count("goes by a chat template of its own") == 1
 
 
 def command(model, *keys: str) -> list[str]:

@@ -19,7 +19,7 @@ from luthier.checkpoint import huggingface
 from luthier.commands import generate, output, prompts
 from luthier.commands.terminal import harmless
 from luthier.config import resolve
-from luthier.errors import RunError
+from luthier.errors import RunError, UserError
 from luthier.rollout.engine import Completion
 from luthier.rollout.local import LocalEngine
 from tiny import ROOT
@@ -141,6 +141,9 @@ def test_rows_of_conversations(tiny_model, tmp_path, capsys):
         ("a.jsonl", '{"prompt": "one"}\n\n{"prompt": "two\\nlines"}', ["one", "two\nlines"]),
         ("a.json", '[{"question": "one"}]', ["one"]),
         ("a.csv", "prompt,x\none,2\n", ["one"]),
+        ("A.TXT", "one", ["one"]),
+        ("A.CSV", "prompt,x\none,2\n", ["one"]),
+        ("A.JSON", '[{"question": "one"}]', ["one"]),
     ],
 )
 def test_files_of_prompts(tmp_path, name, content, expected):
@@ -156,13 +159,15 @@ def test_files_of_prompts(tmp_path, name, content, expected):
         ("a.txt", b"fine\n\xff\n", ["a.txt, line 2", "UTF-8"]),
         ("a.jsonl", "", ["a.jsonl", "no prompt in it"]),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt"', ["a.jsonl, line 2", "not valid JSON"]),
-        ("a.jsonl", '{"text": "a"}', ["a.jsonl, line 1", "prompt, messages, conversations, question", "`text`"]),
+        ("a.jsonl", '{"text": "a"}', ["line 1", "prompt, messages, conversations, question", "`text`. Rename"]),
         ("a.jsonl", '{"prompt": ""}', ["a.jsonl, line 1", "empty prompt"]),
-        ("a.jsonl", '{"prompt": 3}', ["a.jsonl, line 1", "`prompt`", "3 (int)"]),
+        ("a.jsonl", '{"prompt": 3}', ["line 1: column `prompt`: 3 (int) where a text or a list", "Fix or remove"]),
+        ("a.jsonl", '{"messages": null}', ["line 1: column `messages`: null where a text or a list"]),
         ("a.jsonl", '{"messages": [{"role": "robot", "content": ""}]}', ["line 1", "unknown role 'robot'"]),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', ["line 1", "nothing comes before"]),
         ("a.jsonl", '{"prompt": "\\ud83e"}', ["line 1", "half of a character"]),
         ("a.md", "one", ["cannot read `.md` files", ".txt"]),
+        ("prompts", "one", ["the name has no suffix", "Rename it", ".txt"]),
         (None, "", ["nowhere.txt: no such file", "prompts_path"]),
     ],
 )  # fmt: skip
@@ -194,6 +199,10 @@ def test_bad_files_of_prompts(refused, tmp_path, name, content, words):
 def test_bad_keys(refused, keys, words):
     message = refused(**keys)
     assert all(word in message for word in words), message
+
+
+def test_a_folder_is_no_file_of_prompts(refused, tmp_path):
+    assert "is a folder" in refused(prompts_path=tmp_path)
 
 
 def test_a_long_prompt_is_named_by_its_line(refused, tmp_path):
@@ -239,6 +248,101 @@ def test_a_run_that_fails_leaves_a_good_file_alone(tiny_model, three, tmp_path, 
     assert f"{out}.partial has what was written so far" in shown.replace("\n", "")
     assert out.read_text() == "good\n"
     assert json.loads(Path(f"{out}.partial").read_text())["index"] == 0
+
+
+def written(name: Path, *rows: dict) -> str:
+    """Write lines as the command does, and return what was told."""
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    output.check(str(name))
+    with output.lines(str(name), console) as put:
+        for row in rows:
+            put(row)
+    return console.file.getvalue()
+
+
+def test_the_target_of_a_link_is_written(tmp_path):
+    link, target = tmp_path / "link.jsonl", tmp_path / "there" / "out.jsonl"
+    target.parent.mkdir()
+    link.symlink_to(Path("there") / "out.jsonl")
+    for number in range(2):  # where it is not there yet, and where it is
+        written(link, {"number": number})
+        assert link.is_symlink()
+        assert json.loads(target.read_text()) == {"number": number}
+    assert sorted(tmp_path.iterdir()) == [link, target.parent]
+    target.unlink()
+    target.parent.rmdir()
+    with pytest.raises(UserError, match=r"no folder .*there"):
+        output.check(str(link))
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for name in (pipe, link):
+            written(name, {"a": "🦊"}, {"b": 1})
+            assert os.read(reader, 100).decode() == '{"a": "🦊"}\n{"b": 1}\n'
+        assert pipe.is_fifo()
+        assert link.is_symlink()
+        assert len(list(tmp_path.iterdir())) == 2, "no .partial"
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.multiprocess
+def test_what_standard_output_is_open_on_is_written_by_it(tmp_path):
+    out, link = tmp_path / "out.jsonl", tmp_path / "stdout"  # never the system's own: a mistake would replace it
+    out.write_text("before\n")
+    link.symlink_to("/proc/self/fd/1")
+    script = (
+        "import sys; from rich.console import Console; from luthier.commands import output\n"
+        "for name in sys.argv[1:]:\n"
+        "    output.check(name)\n"
+        "    with output.lines(name, Console(stderr=True)) as put: put({'a': 1})\n"
+    )
+    with out.open("a") as file:
+        subprocess.run([sys.executable, "-c", script, link, out], env=ENVIRONMENT, stdout=file, check=True)
+    assert out.read_text() == 'before\n{"a": 1}\n{"a": 1}\n'
+    assert sorted(tmp_path.iterdir()) == [out, link]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "relative"])
+def test_the_prompts_are_not_written_over(refused, three, tmp_path, monkeypatch, kind):
+    (tmp_path / "link.txt").symlink_to(three)
+    monkeypatch.chdir(tmp_path)
+    name = {"file": three, "link": tmp_path / "link.txt", "relative": f"../{tmp_path.name}/three.txt"}[kind]
+    message = refused(prompts_path=three, output_path=name)
+    assert "the file that prompts_path names" in message
+    assert three.read_text().startswith("first")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_stopped_run_had_finished_is_not_written_over(refused, tmp_path, folder):
+    partial = tmp_path / "out.jsonl.partial"
+    partial.mkdir() if folder else partial.write_text("finished\n")
+    message = refused(prompt="a", output_path=tmp_path / "out.jsonl")
+    assert f"{partial} is there" in message
+    assert "Move or remove it" in message
+    assert folder or partial.read_text() == "finished\n"
+
+
+def test_a_run_that_finished_nothing_leaves_nothing_in_the_way(tmp_path):
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    with pytest.raises(KeyboardInterrupt), output.lines(str(tmp_path / "out.jsonl"), console):
+        raise KeyboardInterrupt
+    assert "Not finished: nothing was written" in console.file.getvalue()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_go_to_standard_output_beside_a_progress_bar(run, three, monkeypatch):
+    bars = io.StringIO()
+    monkeypatch.setattr(generate.terminal, "messages", lambda: Console(file=bars, force_terminal=True, soft_wrap=True))
+    rows = run(prompts_path=three)
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert "tokens/s" in bars.getvalue(), "the bar was shown"
+    assert '"index"' not in bars.getvalue()
 
 
 def test_a_full_disk_is_told_and_the_file_stands(tmp_path):
