@@ -42,9 +42,9 @@ def refused(model: type, body: Any) -> Refusal:
         ("seed", 1.5, "integer"),
         ("seed", 2**63, "less than"),
         ("stop", 3, "list"),
-        ("stop", [""], "at least 1 character"),
-        ("stop", ["a" * 257], "256"),
-        ("stop", ["a"] * 65, "64"),
+        ("stop", [""], "`stop[0]` should not be empty"),
+        ("stop", ["a" * 257], "`stop[0]` should have 256 characters at most"),
+        ("stop", ["a"] * 65, "`stop` should have 64 items at most, not 65"),
         ("stop_token_ids", ["a"], "integer"),
         ("stop_token_ids", [1] * 65, "64"),
         ("ignore_eos", "yes", "boolean"),
@@ -59,7 +59,7 @@ def refused(model: type, body: Any) -> Refusal:
         ("prompt", [True], "list of texts"),
         ("model", 1, "string"),
         ("echo", True, "does not support it"),
-        ("best_of", 2, "does not support it"),
+        ("best_of", 2, "is done here as `n`=1 alone"),
         ("logit_bias", {"5": 1}, "does not support it"),
         ("suffix", "x", "does not support it"),
         ("frequency_penalty", 0.5, "does not support it"),
@@ -79,7 +79,8 @@ def test_a_field_that_does_not_fit_is_named(field: str, value: Any, words: str) 
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": []}, "messages", "`messages` should not be empty"),
+        ({"messages": ["hi"]}, "messages[0]", "`messages[0]` should be an object"),
         ({"messages": "hi"}, "messages", "list"),
         ({"messages": [{"content": "a"}]}, "messages[0].role", "is missing"),
         ({"messages": [*CHAT["messages"], {"role": "user"}]}, "messages[1].content", "is missing"),
@@ -138,11 +139,20 @@ def test_a_long_value_is_not_repeated_in_full() -> None:
 
 
 def test_what_asks_for_nothing_is_taken() -> None:
-    habits = {"user": "me", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1}
+    habits = {"user": "me", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
     habits |= {"echo": False, "suffix": None, "logprobs": None, "stop": None, "seed": None, "n": None}
     assert schema.read(CompletionBody, json.dumps(TEXT | habits).encode()) == CompletionBody(**TEXT)
     habits = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "store": False, "metadata": {}}
     assert schema.read(ChatBody, json.dumps(CHAT | habits).encode()) == ChatBody(**CHAT)
+
+
+def test_what_clients_add_and_changes_nothing_is_read_over() -> None:
+    added = {"n": 2, "best_of": 2, "stream": True, "stream_options": {"include_obfuscation": False}}
+    assert schema.read(CompletionBody, json.dumps(TEXT | added).encode()).n == 2
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    added = {"messages": [{"role": "user", "content": [part]}], "prompt_cache_retention": "24h"}
+    (message,) = schema.read(ChatBody, json.dumps(CHAT | added).encode()).messages
+    assert message.turn() == {"role": "user", "content": "a"}
 
 
 def test_whole_numbers_are_numbers() -> None:

@@ -19,7 +19,7 @@ from serving import Serving, serving, until
 
 import tiny
 from luthier import mesh
-from luthier.commands.server import job, words
+from luthier.commands.server import app, job, words
 from luthier.commands.server.answer import Choice
 from luthier.commands.server.job import Job, Served
 from luthier.commands.server.refusal import Refusal
@@ -40,6 +40,8 @@ def sampled(kind: Any, number: int, sample: int, ids: Sequence[int], *more: Any)
 
 class Scripted:
     """An engine of one slot that draws one letter a step, and only when it was given leave to."""
+
+    length = 8
 
     def __init__(self) -> None:
         self.leave = threading.Semaphore(0)
@@ -127,6 +129,37 @@ def test_more_than_the_queue_holds_is_refused_for_good(fields: dict[str, Any], f
     with scripted(max_queue=2) as (_, running, _), pytest.raises(openai.BadRequestError, match="takes 2 at most") as no:
         running.client().completions.create(**ASK | fields)
     assert no.value.param == field
+
+
+def test_a_prompt_that_the_cache_has_no_room_for_is_refused_and_the_rest_goes_on() -> None:
+    """The engine's own check is by the model's context, which memory may not allow."""
+    with scripted() as (engine, running, _):
+        for prompt in ([[1] * 8], [[1, 2], [1] * 9]):
+            with pytest.raises(openai.BadRequestError, match=r"tokens, and .* have 8 here") as no:
+                running.client().completions.create(**ASK | {"prompt": prompt})
+            assert no.value.param == "prompt"
+        engine.allow(3)
+        assert running.client().completions.create(**ASK | {"prompt": [1] * 7}).choices[0].text == "aaa"
+
+
+def test_a_long_body_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, leave, begun = app.read_completion, threading.Event(), threading.Event()
+
+    def slow(data: bytes, served: Served) -> Job:
+        if len(data) > 100_000:
+            begun.set()
+            assert leave.wait(30)
+        return read(data, served)
+
+    monkeypatch.setattr(app, "read_completion", slow)
+    with scripted() as (engine, running, pool):
+        long = ask(running, pool, prompt="a" * 100_001)
+        assert begun.wait(10)
+        engine.allow(3)
+        assert running.client().completions.create(**ASK).choices[0].text == "aaa"
+        leave.set()
+        with pytest.raises(openai.BadRequestError, match="have 8 here"):
+            long.result()
 
 
 def test_the_openai_client_tries_a_full_queue_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +341,7 @@ def test_a_key_is_asked_for() -> None:
             running.client("wrong").completions.create(**ASK)
         key = "Bearer sésame".encode().decode("latin-1")
         assert request(running, "GET", "/v1/models", Authorization=key, Host="models.example")[0] == 200
+        assert request(running, "GET", "/v1/models", Authorization=key.replace("Bearer", "bearer"))[0] == 200
         assert request(running, "GET", "/health")[0] == 200
         assert not engine.busy
 

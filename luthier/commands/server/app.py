@@ -30,6 +30,8 @@ from luthier.commands.server.worker import Ticket, Worker
 
 MAX_BODY = 8 << 20
 """Bytes in the body of a request: a text of a million tokens and more."""
+LONG_BODY = 64 << 10
+"""Bytes from which a body takes so long to read that others are not to wait for it."""
 
 
 def make(served: Served, worker: Worker, api_key: str | None, hosts: Sequence[str]) -> Starlette:
@@ -39,11 +41,12 @@ def make(served: Served, worker: Worker, api_key: str | None, hosts: Sequence[st
     of its own that resolves to this machine.
     """
     word = words.reader(served.tokenizer)
-    reading = asyncio.Lock()  # bodies are read by one thread at a time, beside the event loop
+    # Bodies are read beside the event loop, by one thread at a time, and long ones by another.
+    reading, reading_long = asyncio.Lock(), asyncio.Lock()
 
     async def complete(kind: Kind, read: Callable[[bytes, Served], Job], request: Request) -> Response:
         data = await _body(request)
-        async with reading:
+        async with reading_long if len(data) > LONG_BODY else reading:
             job = await asyncio.to_thread(read, data, served)
         ticket = worker.submit(job)
         return _Watched(Answer(kind, ticket, int(time()), served, word), ticket, worker)
@@ -76,12 +79,12 @@ class _Keyed:
 
     def __init__(self, app: ASGIApp, api_key: str):
         self.app = app
-        self.expected = b"Bearer " + api_key.encode()
+        self.expected = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.expected):
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.expected):
                 problem = "no valid key: send the server's api_key as `Authorization: Bearer KEY`."
                 refusal = Refusal(problem, status=401, code="invalid_api_key")
                 await refusal.response()(scope, receive, send)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from luthier.commands.server.refusal import Refusal
 from luthier.errors import did_you_mean
 
-LABELS = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
+LABELS = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"})
 """Fields that say who asks and change no answer: they are read over."""
 
 REPORTS = frozenset({"annotations", "reasoning_content", "refusal"})
@@ -24,7 +24,6 @@ REPORTS = frozenset({"annotations", "reasoning_content", "refusal"})
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "audio": [],
     "bad_words": [[]],
-    "best_of": [1],
     "echo": [False],
     "frequency_penalty": [0],
     "function_call": ["none", "auto"],
@@ -52,6 +51,15 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "web_search_options": [],
 }
 """Fields of OpenAI's and vLLM's that are not followed, each with the values at which there is nothing to follow."""
+
+_SIZES = {
+    "model_type": "should be an object",
+    "string_too_long": "should have {max_length} characters at most",
+    "string_too_short": "should not be empty",
+    "too_long": "should have {max_length} items at most, not {actual_length}",
+    "too_short": "should not be empty",
+}
+"""What is wrong with a value, in our words, by pydantic's name of it: there, each least size is 1."""
 
 MAX_N = 128
 MAX_STOPS = 64
@@ -102,6 +110,7 @@ class StreamOptions(Fields):
     """What a stream is to hold besides the text."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Part(Fields):
@@ -109,6 +118,7 @@ class Part(Fields):
 
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None  # for caches that have to be told; this one does not
 
 
 class Message(Fields):
@@ -148,6 +158,7 @@ class Body(Fields):
 
     model: str
     n: int = Field(1, ge=1, le=MAX_N)
+    best_of: int | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(None, ge=1)
@@ -159,6 +170,12 @@ class Body(Fields):
     stop: Annotated[list[StopText], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] | None = None
     stop_token_ids: list[int] = Field([], max_length=MAX_STOPS)
     ignore_eos: bool = False
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Body:
+        if self.best_of not in (None, self.n):
+            raise _refused("best_of", f"is done here as `n`={self.n} alone: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_stream(self) -> Body:
@@ -236,6 +253,8 @@ def _explained(model: type[Body], error: ValidationError) -> Refusal:
     if first["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(model.model_fields)) if len(place) == 1 else ""
         return Refusal(f"unknown field `{param}`.{hint}", param)
+    if first["type"] in _SIZES:
+        return Refusal(f"`{param}` {_SIZES[first['type']].format(**context)}.", param)
     problem = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return Refusal(f"`{param}`={_shown(first['input'])}: {problem}.", param)
 

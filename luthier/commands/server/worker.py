@@ -22,7 +22,7 @@ from luthier import mesh as mesh_lib
 from luthier.commands.server.job import Job
 from luthier.commands.server.refusal import Refusal
 from luthier.errors import UserError
-from luthier.rollout.engine import Completion, Piece, SteppedEngine
+from luthier.rollout.engine import Completion, Piece, Request, SteppedEngine
 
 RETRY_AFTER = 1
 """Seconds after which a client may knock again at a full queue."""
@@ -103,7 +103,10 @@ class Worker:
         self._check_state()
         ticket = Ticket(job)
         if ticket.completions > self.max_queue:
-            problem = f"{ticket.completions} completions in one request: this server takes {self.max_queue} at most."
+            problem = (
+                f"{ticket.completions} completions in one request: this server takes {self.max_queue} at most "
+                "(max_queue)."
+            )
             raise Refusal(problem, "n" if job.samples > 1 else job.field)
         if self._waiting + ticket.completions > self.max_queue:
             problem = f"{self._waiting} completions are waiting, of {self.max_queue} that may. Try again later."
@@ -182,7 +185,7 @@ class Worker:
     def _admit(self, ticket: Ticket) -> None:
         try:
             for request in ticket.job.requests:
-                self._engine.check(request)
+                self._check(request)
         except UserError as error:
             self._call(self._fail, ticket, Refusal(str(error), ticket.job.field))
             return
@@ -191,6 +194,16 @@ class Worker:
             self._places[number] = (ticket, place)
             self._unfinished[number] = request.samples
         self._call(self._accept, ticket)
+
+    def _check(self, request: Request) -> None:
+        """Raise UserError for what the engine cannot serve, or not without a larger cache, for which all would wait."""
+        self._engine.check(request)
+        length = self._engine.length
+        if length is not None and len(request.prompt) >= length:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens, and prompt and completion together have {length} here, "
+                "which is what this server has memory for (kv_cache_gib). Shorten the prompt."
+            )
 
     def _cancel(self, ticket: Ticket) -> None:
         for number in [number for number, (owner, _) in self._places.items() if owner is ticket]:
