@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from luthier.rollout.engine import Alternatives, Completion, Finish, Piece, Sampling
-from luthier.rollout.text import byte_of
+from luthier.rollout.text import byte_tokens
 
 
 @dataclass
@@ -114,7 +114,7 @@ class StopTexts:
         self.ids.extend(tokens_T.tolist())
         start = self._start(before)
         # A run of bytes that the chunk breaks off, or that breaks later, hides what was text when it had come so far.
-        whole = all(byte_of(self.tokenizer, token) is None for token in self.ids[start:])
+        whole = not byte_tokens(self.tokenizer).keys() & self.ids[start:]
         if whole and self._in(self.ids[start:]) is None:
             return None
         for end in range(before + 1, len(self.ids) + 1):
@@ -128,9 +128,9 @@ class StopTexts:
 
         A token before is looked at for each byte of the longest text.
         """
-        start = max(0, end - max(len(text.encode()) for text in self.texts))
-        while start and 0x80 <= (byte_of(self.tokenizer, self.ids[start]) or 0) < 0xC0:
-            start -= 1
+        start, bytes_ = max(0, end - max(len(text.encode()) for text in self.texts)), byte_tokens(self.tokenizer)
+        for _ in range(3):  # a character has four bytes at most, of which the first is none of these
+            start -= start > 0 and 0x80 <= bytes_.get(self.ids[start], 0) < 0xC0
         return start
 
     def _in(self, ids: list[int]) -> str | None:

@@ -7,7 +7,6 @@ texts that ends a completion, which is the engine's; here the stop text is only 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ from luthier.types import Conversation
 
 Message = Mapping[str, Any]
 
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MARK = "\ufdd0"
 """Stands for a reply: a code point that Unicode keeps out of texts."""
 _BROKEN = "\ufffd"
@@ -152,7 +150,9 @@ class TextStream:
     def _decoded(self, last: bool) -> str:
         """Return the text of the pending tokens, or nothing while it could still change."""
         pending = self._pending
-        if not pending or not (last or (len(pending) >= self._wait and byte_of(self._tokenizer, pending[-1]) is None)):
+        if not pending or not (
+            last or (len(pending) >= self._wait and pending[-1] not in byte_tokens(self._tokenizer))
+        ):
             return ""
         text = self._decode(self._context + pending)[self._context_length :]
         if text.endswith(_BROKEN) and not last:
@@ -173,13 +173,16 @@ class TextStream:
         return text[:keep]
 
 
-def byte_of(tokenizer: Any, token: int) -> int | None:
-    """Return the byte that a token stands for by its name, None for other tokens.
+@functools.lru_cache(maxsize=8)
+def byte_tokens(tokenizer: Any) -> Mapping[int, int]:
+    """Return the tokens that stand for one byte each by their names, {token: byte}.
 
-    Of such tokens a run is decoded as a whole: where it is not all characters, all of it is broken.
+    A run of them is decoded as a whole: where it is not all characters, all of it is broken.
     """
-    named = _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(token) or "")
-    return None if named is None else int(named[1], 16)
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = tokenizer.convert_tokens_to_ids(names)
+    known = tokenizer.convert_ids_to_tokens([token or 0 for token in tokens])  # of others, the unknown token's
+    return {token: byte for byte, token in enumerate(tokens) if known[byte] == names[byte]}
 
 
 def _overlap(text: str, stop: Sequence[str]) -> int:
