@@ -16,17 +16,18 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import numpy as np
 import pytest
+from costs import COLLECTED, costs
 
 from tiny import ROOT
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what `costs.txt` lists."""
-    lines = (Path(__file__).with_name("costs.txt")).read_text(encoding="utf-8").splitlines()
-    costs = {name: mark for mark, _, name in (line.partition(" ") for line in lines if not line.startswith("#"))}
+    marks = costs()
+    config.stash[COLLECTED] = {item.nodeid for item in items}
     for item in items:
-        if mark := costs.get(item.nodeid):
+        if mark := marks.get(item.nodeid):
             item.add_marker(mark)
 
 
