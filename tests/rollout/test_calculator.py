@@ -81,12 +81,12 @@ def test_random_expressions_are_right_or_refused_and_never_take_long():
     known = 0
     for _ in range(3000):
         text = "".join(random.choice(list("0123456789.+-*/%() "), random.integers(1, 30)))
-        started = time.perf_counter()
+        started = time.thread_time()
         try:
             found = value(text)
         except ValueError:
             found = None
-        assert time.perf_counter() - started < 0.2, text
+        assert time.thread_time() - started < 0.2, text
         if found is not None and "." not in text and "*" not in text and "/" not in text and "%" not in text:
             assert Fraction(found) == Fraction(eval(text))
             known += 1

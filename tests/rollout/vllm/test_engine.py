@@ -180,7 +180,7 @@ def test_cancelled_requests_come_out_at_once_and_end_on_the_server(fakes):
         found.cancel(number)
         began = time.monotonic()
         events = found.step()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3  # five for all its tokens
         ended = [each for each in events if isinstance(each, Completion)]
         assert [(each.request, each.sample, each.finish) for each in ended] == [
             (number, n, "cancelled") for n in range(3)
