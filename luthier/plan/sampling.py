@@ -70,7 +70,7 @@ class Engine:
     @functools.cached_property
     def cache(self) -> Cache:
         """The cache's shapes, types and shardings."""
-        rows, length = self.size.rows, self.size.length
+        rows, length = self.size.rows + self.size.keepers, self.size.length
         with mesh_lib.use(self.mesh):
             found = jax.eval_shape(
                 lambda: {name: line.empty(rows, length, self.dtype) for name, line in self.lines.items()}

@@ -134,7 +134,7 @@ class LocalEngine:
         if size == old:
             return old
         self._hold(NOTHING, {})  # the old one is let go of, before the larger one is made
-        stored = cache.make(self._lines, size.rows, size.length, self.limits.dtype, self._mesh)
+        stored = cache.make(self._lines, size.rows + size.keepers, size.length, self.limits.dtype, self._mesh)
         self._hold(size, stored)
         return size
 
@@ -142,10 +142,10 @@ class LocalEngine:
         """Take a cache and begin its record."""
         self._size, self._stored = size, stored
         ring = min(line.slots(size.length) for line in self._lines.values())
-        self._slots: Slots[Drawing] = Slots.empty(size.rows, size.length, ring)
+        self._slots: Slots[Drawing] = Slots.empty(size.rows, size.length, ring, size.keepers)
         # Rows that are split over devices stay where they are: all are worked on together.
         split = mesh_lib.batch_shards(self._mesh) > 1
-        self._row_buckets = (size.rows,) if split else buckets(size.rows)
+        self._row_buckets = (size.rows + size.keepers,) if split else buckets(size.rows)
 
     def warm_up(self, *, longest: int | None = None, logprobs: bool = False) -> None:
         """Compile all that sampling takes, for a cache of the size reserved, so that no request waits for it.
@@ -271,6 +271,10 @@ class LocalEngine:
         let_in = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
         let_in.sort(key=lambda drawing: drawing.sample > 0)  # first the prompts that samples copy from
         self._place(let_in)
+        if let_in and self._queue:  # samples of a prompt that was read just now, perhaps
+            waiting = self._queue[0]
+            pair = self._slots.keep(waiting.prompt_T[:-1], waiting.adapter)
+            self._copy([pair] if pair else [])
 
     def _place(self, let_in: list[Drawing]) -> None:
         """Give sequences their rows, and read in waves: what copies from a row waits until that is read."""

@@ -6,7 +6,7 @@ Left out on purpose: moving a cache that is too small. The engine makes a larger
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,14 +22,16 @@ from luthier.model import cache
 MOST_ROWS = {"cpu": 32, "gpu": 256, "tpu": 256}  # beyond these, tokens a second hardly grow
 ROWS_FIRST, LENGTH_FIRST = 8, 4096
 SHARE = {"cpu": 0.25, "gpu": 0.8, "tpu": 0.8}  # of free memory, for the cache
+MANY = 16  # rows, of which one less hardly costs speed
 
 
 @dataclass(frozen=True)
 class Size:
-    """The cache's rows, and the tokens of each."""
+    """The cache's rows, and the tokens of each; and the ``keepers``, rows beside them that keep a prompt."""
 
     rows: int
     length: int
+    keepers: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Limits:
         """Return the size for this many sequences of this length at a time; None: as many, as long as there can be.
 
         A length that neither caller nor key asks for gives way to memory: it is halved until ``ROWS_FIRST`` sequences
-        fit, or it is at ``LENGTH_FIRST``. ``old`` is the cache that this one takes the place of. Raises UserError where
-        not even one sequence fits.
+        fit, or it is at ``LENGTH_FIRST``. There are keepers where sequences wait whose prompts would be lost.
+        ``old`` is the cache that this one takes the place of. Raises UserError where not even one sequence fits.
         """
         most = self.keys.max_num_seqs or MOST_ROWS[self._platform]
         shards, tokens = mesh_lib.batch_shards(self.mesh), self._length(length)
@@ -64,7 +66,8 @@ class Limits:
         rows = self._fitting(tokens, budget, wanted)
         if rows < 1:
             raise UserError(self._nothing_fits(tokens, budget))
-        return Size(rows, tokens)
+        size, waits = Size(rows, tokens), sequences is None or sequences > rows
+        return self._with_keepers(size, budget) if waits and self._forgets(tokens) else size
 
     def grown(self, old: Size, sequences: int | None, length: int | None) -> Size:
         """Return the size to which a cache is to grow for what is wanted, as in ``size``.
@@ -78,12 +81,25 @@ class Limits:
         try:
             size = self.size(sequences, length, old)
             if old.rows:
-                size = self.size(max(size.rows, old.rows), max(size.length, old.length), old)
+                most = sequences and max(sequences, old.rows + old.keepers)
+                size = self.size(most, max(size.length, old.length), old)
         except UserError:
             if not (old.rows and long_enough):
                 raise
             return old
-        return size if size.rows > old.rows or size.length > old.length else old
+        larger = size.rows > old.rows or size.length > old.length or size.keepers > old.keepers
+        return size if larger else old
+
+    def _forgets(self, length: int) -> bool:
+        """Return whether a row that goes on loses its beginning: some layers keep a window alone."""
+        return any(line.slots(length) < length for line in self.lines.values())
+
+    def _with_keepers(self, size: Size, budget: float) -> Size:
+        """Return the size with a keeper a device: beside the rows where memory allows, else one of many rows."""
+        keepers = mesh_lib.batch_shards(self.mesh)
+        if self._fitting(size.length, budget, size.rows + keepers) > size.rows:
+            return replace(size, keepers=keepers)
+        return Size(size.rows - keepers, size.length, keepers) if size.rows >= MANY * keepers else size
 
     @property
     def _platform(self) -> str:

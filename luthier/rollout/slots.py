@@ -5,6 +5,9 @@ copy: so the samples of a prompt share its reading, and the next turn of a conve
 unless another sequence took the row in between: the first free row is taken, since low rows make small programs. What
 another adapter has read is never begun from: its keys and values are others.
 
+Layers with a window lose the prompt as the completion grows. Where samples of it still wait, a row beside the others,
+the keeper, has a copy for them.
+
 Left out on purpose: the cache itself, which the programs hold.
 """
 
@@ -34,7 +37,8 @@ class Slots(Generic[S]):
     """``sequences[r]`` is what row r works on, None where it is free.
 
     ``tokens_RS`` are the tokens that rows hold, ``held_R`` how many (-1: not to be gone by) and ``adapter_R`` the
-    number of the adapter that read them; ``ring`` is the slots of the shortest line of the cache.
+    number of the adapter that read them; ``ring`` is the slots of the shortest line of the cache. Rows after those of
+    ``sequences`` never get one: the first of them is the keeper.
     """
 
     sequences: list[S | None]
@@ -44,10 +48,10 @@ class Slots(Generic[S]):
     ring: int
 
     @classmethod
-    def empty(cls, rows: int, length: int, ring: int) -> Slots[S]:
-        """Return the record of an empty cache of ``rows`` sequences of ``length`` tokens."""
-        held_R, adapter_R = np.zeros((2, rows), np.int64)
-        return cls([None] * rows, np.zeros((rows, length), np.int32), held_R, adapter_R, ring)
+    def empty(cls, rows: int, length: int, ring: int, keepers: int = 0) -> Slots[S]:
+        """Return the record of an empty cache of ``rows`` sequences of ``length`` tokens, and ``keepers`` beside."""
+        held_R, adapter_R = np.zeros((2, rows + keepers), np.int64)
+        return cls([None] * rows, np.zeros((rows + keepers, length), np.int32), held_R, adapter_R, ring)
 
     @property
     def free(self) -> list[int]:
@@ -78,6 +82,21 @@ class Slots(Generic[S]):
         self.held_R[row], self.adapter_R[row] = len(tokens_T), adapter
         return Placement(row, source if kept else row, kept)
 
+    def keep(self, tokens_T: np.ndarray, adapter: int = 0) -> tuple[int, int] | None:
+        """Give these tokens to the keeper, where a row holds all of them; return that row and the keeper's.
+
+        None where no row does, there is no keeper, or it has them already.
+        """
+        keeper = len(self.sequences)
+        if keeper == len(self.held_R):
+            return None
+        source, kept = self._longest_prefix(tokens_T, adapter, ())
+        if kept < len(tokens_T) or self._common(tokens_T, adapter)[keeper] == len(tokens_T):
+            return None
+        self.tokens_RS[keeper, :kept] = tokens_T
+        self.held_R[keeper], self.adapter_R[keeper] = kept, adapter
+        return source, keeper
+
     def append(self, row: int, tokens_T: np.ndarray) -> None:
         """Note that these tokens were read after those that the row holds."""
         held = self.held_R[row]
@@ -93,22 +112,28 @@ class Slots(Generic[S]):
 
     def forget(self) -> None:
         """Note that no row holds what these weights would have put there; sequences that are under way go on."""
-        self.held_R[:] = [0 if sequence is None else -1 for sequence in self.sequences]
+        self.held_R[:] = 0
+        self.held_R[self.busy] = -1
 
     def _longest_prefix(self, tokens_T: np.ndarray, adapter: int, unread: Collection[int]) -> tuple[int, int]:
         """Return the row that begins with most of the tokens (free rows and then the first preferred), and how many.
 
         One that is ``unread`` has to have ``WORTH_COPYING`` more, or all of them.
         """
+        common_R = self._common(tokens_T, adapter)
+        taken_R = np.ones(len(common_R), bool)
+        taken_R[self.free] = False
+        worth_R = common_R.copy()
+        worth_R[[row for row in unread if common_R[row] < len(tokens_T)]] -= WORTH_COPYING
+        best = int(np.lexsort((taken_R, -worth_R))[0])
+        return best, int(common_R[best])
+
+    def _common(self, tokens_T: np.ndarray, adapter: int) -> np.ndarray:
+        """Return how many of the tokens each row begins with, of what can be gone on from."""
         same_RT = self.tokens_RS[:, : len(tokens_T)] == tokens_T
         same_RT &= np.arange(len(tokens_T)) < np.where(self.adapter_R == adapter, self.held_R, 0)[:, None]
         common_R = (
             np.where(same_RT.all(axis=1), len(tokens_T), same_RT.argmin(axis=1)) if len(tokens_T) else self.held_R * 0
         )
         # A ring has lost what stood before its last tokens: of such a row all can be gone on from, or nothing.
-        common_R = np.where((self.held_R <= self.ring) | (common_R == self.held_R), common_R, 0)
-        free_R = np.asarray([sequence is None for sequence in self.sequences])
-        worth_R = common_R.copy()
-        worth_R[[row for row in unread if common_R[row] < len(tokens_T)]] -= WORTH_COPYING
-        best = int(np.lexsort((~free_R, -worth_R))[0])
-        return best, int(common_R[best])
+        return np.where((self.held_R <= self.ring) | (common_R == self.held_R), common_R, 0)

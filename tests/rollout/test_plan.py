@@ -55,6 +55,40 @@ def test_a_context_that_nobody_asked_for_gives_way_to_memory() -> None:
     assert limits(long, kv_cache_gib=1, max_target_length=65_536).size(None, None) == Size(2, 65_536)
 
 
+@pytest.mark.parametrize(
+    ("most", "gib", "wanted", "size"),
+    [
+        (4, None, (5, 100), Size(4, 128, 1)),
+        (4, None, (None, 100), Size(4, 128, 1)),
+        (4, None, (4, 100), Size(4, 128)),  # none waits
+        (4, None, (5, 64), Size(4, 64, 1)),
+        (4, None, (5, 16), Size(4, 16)),  # no row outgrows the window
+        (4, 4, (5, 128), Size(4, 128)),  # no memory beside few rows
+        (20, 18, (90, 128), Size(17, 128, 1)),
+    ],
+)
+def test_a_row_beside_keeps_a_prompt_that_windows_lose(
+    most: int, gib: int | None, wanted: tuple[int | None, int], size: Size, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda mesh: 4096.0 * MIB)
+    lines = LINES | {"windows": Line(layers=8, heads=4, width=64, window=32)}
+    here = mesh.make(ModelKeys(), jax.devices()[:1])
+    bytes_ = gib and gib * 1.25 * MIB / 2**30  # 128 tokens and 32
+    keys = EngineKeys(max_num_seqs=most, kv_cache_gib=bytes_, max_target_length=wanted[1] if wanted[1] < 100 else 0)
+    assert Limits(keys, 1024, lines, jnp.bfloat16, here).size(*wanted) == size
+
+
+def test_a_cache_gets_its_keeper_when_sequences_are_first_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda mesh: 4096.0 * MIB)
+    lines = {"windows": Line(layers=8, heads=4, width=64, window=32)}
+    here = mesh.make(ModelKeys(), jax.devices()[:2])
+    found = Limits(EngineKeys(max_num_seqs=4), 1024, lines, jnp.bfloat16, here)
+    assert found.grown(Size(4, 128), 4, 128) == Size(4, 128)
+    assert found.grown(Size(4, 128), 5, 128) == Size(4, 128, 2)  # as many on each device
+    assert found.grown(Size(4, 128, 2), 9, 128) == Size(4, 128, 2)
+    assert found.grown(Size(4, 128, 2), 2, 128) == Size(4, 128, 2)
+
+
 def test_the_old_cache_makes_room_for_the_new(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda mesh: 100.0 * MIB)
     assert limits().size(None, None) == Size(3, 1024)
