@@ -28,7 +28,7 @@ from luthier.plan import flops, stages
 from luthier.plan.roofline import Work
 from luthier.plan.stages import TEMPORARY, Held, Stage
 from luthier.rollout import programs
-from luthier.rollout.plan import Size
+from luthier.rollout.plan import Size, row_buckets
 from luthier.rollout.sampling import Settings
 from luthier.train.job import Job
 
@@ -128,8 +128,9 @@ def decode(engine: Engine, held: Held, config: RlConfig, completions: int, *, co
     if not compiles:
         parts = {**held.arguments, **held.beside, TEMPORARY: 4.0 * rows * engine.job.model.config.vocab_size}
         return Stage("decode", parts, Work(work, work, moved, engine.gathered_bytes), runs, reckoned=True)
+    drawn = _rows(engine, row_buckets(engine.size, engine.mesh)[-1])
     traced = jax.jit(_drawing(engine, config), donate_argnums=1).trace(
-        engine.params, engine.cache, _rows(engine, rows), _whole(engine.mesh, jnp.bool)
+        engine.params, engine.cache, drawn, _whole(engine.mesh, jnp.bool)
     )
     found = stages.compiled("decode", traced, held, (work, work), runs)
     if found.work is None:

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from luthier import mesh as mesh_lib
 from luthier import processes
 from luthier.config import EngineKeys
 from luthier.errors import UserError
@@ -34,7 +33,7 @@ from luthier.model.model import Model
 from luthier.model.param import Param, Tree, map_spec
 from luthier.rollout import checks, programs
 from luthier.rollout.engine import Completion, Piece, Request, check_idle, drive
-from luthier.rollout.plan import Limits, Size, bucket, buckets
+from luthier.rollout.plan import Limits, Size, bucket, buckets, row_buckets
 from luthier.rollout.sampling import Settings
 from luthier.rollout.sequence import Sequence as Drawing
 from luthier.rollout.sequence import StopTexts
@@ -143,9 +142,7 @@ class LocalEngine:
         self._size, self._stored = size, stored
         ring = min(line.slots(size.length) for line in self._lines.values())
         self._slots: Slots[Drawing] = Slots.empty(size.rows, size.length, ring, size.keepers)
-        # Rows that are split over devices stay where they are: all are worked on together.
-        split = mesh_lib.batch_shards(self._mesh) > 1
-        self._row_buckets = (size.rows + size.keepers,) if split else buckets(size.rows)
+        self._row_buckets = row_buckets(size, self._mesh)
 
     def warm_up(self, *, longest: int | None = None, logprobs: bool = False) -> None:
         """Compile all that sampling takes, for a cache of the size reserved, so that no request waits for it.

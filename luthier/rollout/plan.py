@@ -160,6 +160,15 @@ def buckets(most: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def row_buckets(size: Size, mesh: Mesh) -> tuple[int, ...]:
+    """Return the numbers of rows that tokens are drawn for at a time.
+
+    Rows that are split over devices stay where they are: all of the cache are worked on together.
+    """
+    split = mesh_lib.batch_shards(mesh) > 1
+    return (size.rows + size.keepers,) if split else buckets(size.rows)
+
+
 def bucket(sizes: tuple[int, ...], needed: int) -> int:
     """Return the smallest of ascending ``sizes`` that is enough."""
     return next(size for size in sizes if size >= needed)
