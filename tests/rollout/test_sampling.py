@@ -247,8 +247,10 @@ def test_a_row_does_not_depend_on_the_others():
 def test_a_row_does_not_depend_on_padding_behind_the_vocabulary():
     logits_BV, how = random_logits(20, 1000), mixed(20)
     padded_BV = np.pad(logits_BV, ((0, 0), (0, 600)), constant_values=-np.inf)
-    for mine, its in zip(*(draw(rows, how, jnp.arange(20)) for rows in (logits_BV, padded_BV)), strict=True):
-        np.testing.assert_array_equal(mine, its)
+    mine, its = (draw(rows, how, jnp.arange(20)) for rows in (logits_BV, padded_BV))
+    np.testing.assert_array_equal(mine.tokens_B, its.tokens_B)
+    for name in ("logp_B", "softmax_logp_B"):  # a longer sum may be added up in another order
+        np.testing.assert_array_max_ulp(np.asarray(getattr(mine, name)), np.asarray(getattr(its, name)), maxulp=2)
 
 
 def test_noise_is_a_function_of_key_and_step():

@@ -45,7 +45,7 @@ class Fake:
     fault: str = ""
     times: int = 0
     port: int = 0
-    late: float = 1.6
+    late: float = 4.0
     refuses: str = ""
     mute: bool = False
     workers: Callable[..., Any] = lambda method, *arguments: {"error": f"no {method}"}

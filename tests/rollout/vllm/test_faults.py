@@ -26,7 +26,7 @@ SLOW = ("hangs", "is late")
 def test_of_two_servers_one_misbehaves(fakes, fault):
     servers, said = fakes(2), []
     asked = _asked(4, fault)
-    with engine(servers, timeout=0.8 if fault in SLOW else 5.0, say=said.append) as found:
+    with engine(servers, timeout=2.0 if fault in SLOW else 5.0, say=said.append) as found:
         servers[0].misbehave(fault, times=2)
         check_right(list(found.generate(asked)), asked, versions={0})
         assert any(servers[0].url in each for each in said), said
@@ -44,7 +44,7 @@ def test_a_lone_server_is_waited_for_and_goes_on_with_the_weights_of_now(fakes, 
     servers, send = fakes(1), Names()
     owned = Owned(servers)
     asked = _asked(2, fault)
-    with engine(servers, send, servers=owned, timeout=0.8 if fault in SLOW else 5.0) as found:
+    with engine(servers, send, servers=owned, timeout=2.0 if fault in SLOW else 5.0) as found:
         found.sync("newer", 1)
         servers[0].misbehave(fault)
         check_right(list(found.generate(asked)), asked, versions={1})
@@ -65,7 +65,7 @@ def test_a_server_that_was_started_anew_behind_our_back_is_not_believed(fakes):
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
 def test_where_nobody_starts_it_again_the_run_ends_in_time_and_says_why(fakes, fault):
     servers = fakes(1)
-    with engine(servers, timeout=0.3, wait=0.5) as found:
+    with engine(servers, timeout=1.0, wait=0.5) as found:
         servers[0].misbehave(fault, times=10**6)
         if fault == "hangs":  # it listens, and goes no further
             servers[0].mute = True
@@ -208,12 +208,12 @@ def test_the_time_that_weights_take_is_nobodys_fault(fakes):
     class Slow(Names):
         async def _name(self, client, version):
             await client.pause("keep")
-            await asyncio.sleep(1.3 * bool(version))
+            await asyncio.sleep(4.0 * bool(version))
             await client.set_version(version)
             await client.resume()
 
     asked = requests(2, limit=20, stop_token_ids=())
-    with engine(servers, Slow(), timeout=1.0, say=said.append) as found:
+    with engine(servers, Slow(), timeout=3.0, say=said.append) as found:
         numbers = [found.submit(each) for each in asked]
         until(lambda: servers[0].draws == 4)
         found.sync("newer", 1)
