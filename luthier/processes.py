@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from luthier import __version__, parting
+from luthier import __version__, parting, runtime
 from luthier.config.groups import HostKeys
 from luthier.errors import RunError, UserError
 
@@ -51,6 +51,7 @@ def start(keys: HostKeys) -> None:
         f"within {keys.jax_distributed_initialization_timeout} s, or process 0 cannot be reached: start all of them, "
         "with the same coordinator_address and num_processes and each with a process_id of its own."
     )
+    runtime.have_sums_right()
     # Signals are agreed on by `train.signals`; this service would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     try:

@@ -15,16 +15,31 @@ if TYPE_CHECKING:
     from luthier.config import ProcessKeys
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+WRONG_SUMS, HANDED_OVER = ("0.10.2", "0.11.0"), "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def start(keys: ProcessKeys) -> None:
     """Prepare this process for a run: keep compiled programs on disk, so that a second run starts at once."""
     import jax
 
+    have_sums_right()
     if keys.jax_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(keys.jax_cache_dir).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def have_sums_right() -> None:
+    """On CPUs, have XLA compile sums itself where the library that it hands them to gets some wrong, or crashes.
+
+    Two versions of jaxlib hand them to YNNPACK, the first of which is the last for Python 3.11: jax-ml/jax#39103 and
+    #39257. Call it before jax computes anything. No effect where XLA_FLAGS say what is handed over.
+    """
+    from jaxlib.version import __version__
+
+    flags = os.environ.get("XLA_FLAGS", "")
+    if __version__ in WRONG_SUMS and HANDED_OVER not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {HANDED_OVER}=-reduce".strip()
 
 
 def tune_allocator() -> None:
