@@ -37,7 +37,9 @@ def have_sums_right() -> None:
     """
     from jaxlib.version import __version__
 
-    flags = os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-") and Path(flags).is_file():  # XLA takes flags from such a file
+        flags = Path(flags).read_text(encoding="utf-8").strip()
     if __version__ in WRONG_SUMS and HANDED_OVER not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {HANDED_OVER}=-reduce".strip()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -90,3 +91,12 @@ def test_xla_sums_by_itself_where_the_library_is_wrong(
     monkeypatch.setenv("XLA_FLAGS", before)
     runtime.have_sums_right()
     assert os.environ["XLA_FLAGS"] == after
+
+
+def test_flags_in_a_file_stay_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "flags"
+    file.write_text("--xla_a=1\n--xla_b=2\n")
+    monkeypatch.setattr(jaxlib.version, "__version__", "0.10.2")
+    monkeypatch.setenv("XLA_FLAGS", str(file))
+    runtime.have_sums_right()
+    assert os.environ["XLA_FLAGS"].split() == ["--xla_a=1", "--xla_b=2", f"{runtime.HANDED_OVER}=-reduce"]

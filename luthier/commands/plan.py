@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from luthier import runtime
 from luthier.config.plan import RlPlan, SftPlan
 from luthier.errors import UserError
 from luthier.plan import plans, report, search, topologies
@@ -22,6 +23,7 @@ def run(config: SftPlan | RlPlan) -> None:
 
     Raises UserError for a machine or model that is not known, and for keys that do not go together.
     """
+    runtime.have_sums_right()  # what is planned is compiled as it will be run
     jax.config.update("jax_platforms", "cpu")  # devices that are here are left alone
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs for devices that are not here
     console = display.console()

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from luthier import runtime
 from luthier.checkpoint import huggingface, tokenizer
 from luthier.checkpoint.source import Source
 from luthier.config.vllm import ServerKeys, arguments
@@ -155,8 +156,13 @@ def environment(share: Share) -> dict[str, str]:
 
 
 def _inherited() -> dict[str, str]:
-    """Return this process's environment without what would let its packages into another Python."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    """Return this process's environment without what is for its Python alone.
+
+    That is where packages are, and a flag that another jaxlib does not know and would end for.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS")}
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(runtime.HANDED_OVER)]
+    return kept | ({"XLA_FLAGS": " ".join(flags)} if flags else {})
 
 
 def _room(rank: int) -> int:

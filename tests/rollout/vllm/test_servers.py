@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from luthier import runtime
 from luthier.checkpoint import source as source_lib
 from luthier.config import VllmConfig
 from luthier.config.vllm import TAKEN
@@ -249,6 +250,17 @@ def test_gpus_of_a_server_split_the_model_unless_it_is_told_how() -> None:
     assert split("") == ["--tensor-parallel-size"]
     assert split("-dp 2") == split("--pipeline-parallel-size=2") == []
     assert command.environment(Share(("2", "3")))["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+@pytest.mark.parametrize(("own", "theirs"), [("--xla_a=1 {}", "--xla_a=1"), ("{}", None), ("--xla_a=1", "--xla_a=1")])
+def test_a_server_is_not_given_what_is_for_our_jaxlib(
+    own: str, theirs: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", own.format(f"{runtime.HANDED_OVER}=-reduce"))
+    monkeypatch.setenv("PYTHONPATH", "here")
+    environment = command.environment(Share())
+    assert environment.get("XLA_FLAGS") == theirs
+    assert environment["PYTHONPATH"] == str(command.EXTENSION)
 
 
 @pytest.mark.usefixtures("installed")
