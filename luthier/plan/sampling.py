@@ -28,7 +28,7 @@ from luthier.plan import flops, stages
 from luthier.plan.roofline import Work
 from luthier.plan.stages import TEMPORARY, Held, Stage
 from luthier.rollout import programs
-from luthier.rollout.plan import Size, row_buckets
+from luthier.rollout.plan import Size
 from luthier.rollout.sampling import Settings
 from luthier.train.job import Job
 
@@ -70,7 +70,7 @@ class Engine:
     @functools.cached_property
     def cache(self) -> Cache:
         """The cache's shapes, types and shardings."""
-        rows, length = self.size.rows + self.size.keepers, self.size.length
+        rows, length = self.size.stored, self.size.length
         with mesh_lib.use(self.mesh):
             found = jax.eval_shape(
                 lambda: {name: line.empty(rows, length, self.dtype) for name, line in self.lines.items()}
@@ -97,7 +97,7 @@ def prefill(engine: Engine, held: Held, config: RlConfig, *, compiles: bool) -> 
     runs = math.ceil(config.prompts_per_step / together) * math.ceil(longest / length)
     work = flops.forward(engine.job.model.config, longest, head=False) * together * length / engine.mesh.size
     if not compiles:
-        moved = engine.weights_bytes + 2 * engine.gathered_bytes + engine.cache_bytes * together / engine.size.rows
+        moved = engine.weights_bytes + 2 * engine.gathered_bytes + engine.cache_bytes * together / engine.size.stored
         parts = {**held.arguments, **held.beside}
         return Stage("prefill", parts, Work(work, work, moved, engine.gathered_bytes), runs, reckoned=True)
     array = functools.partial(_whole, engine.mesh)
@@ -114,23 +114,22 @@ def prefill(engine: Engine, held: Held, config: RlConfig, *, compiles: bool) -> 
 
 def decode(engine: Engine, held: Held, config: RlConfig, completions: int, *, compiles: bool) -> Stage:
     """Return the drawing of a token for each row of the cache; a step draws all tokens of all completions."""
-    rows, half = engine.size.rows, config.max_prompt_length + config.max_new_tokens / 2
+    rows, length, half = engine.size.rows, engine.size.length, config.max_prompt_length + config.max_new_tokens / 2
     runs = config.max_new_tokens * math.ceil(completions / rows)
     work = flops.forward(engine.job.model.config, half) * rows / engine.mesh.size
     moved = (
         engine.weights_bytes
         + 2 * engine.gathered_bytes
         + sum(
-            stages.held_bytes(engine.cache[name]) * min(1.0, half / line.slots(engine.size.length))
+            stages.held_bytes(engine.cache[name]) * rows / engine.size.stored * min(1.0, half / line.slots(length))
             for name, line in engine.lines.items()
         )
     )
     if not compiles:
         parts = {**held.arguments, **held.beside, TEMPORARY: 4.0 * rows * engine.job.model.config.vocab_size}
         return Stage("decode", parts, Work(work, work, moved, engine.gathered_bytes), runs, reckoned=True)
-    drawn = _rows(engine, row_buckets(engine.size, engine.mesh)[-1])
     traced = jax.jit(_drawing(engine, config), donate_argnums=1).trace(
-        engine.params, engine.cache, drawn, _whole(engine.mesh, jnp.bool)
+        engine.params, engine.cache, _rows(engine, rows), _whole(engine.mesh, jnp.bool)
     )
     found = stages.compiled("decode", traced, held, (work, work), runs)
     if found.work is None:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from luthier import mesh as mesh_lib
 from luthier import processes
 from luthier.config import EngineKeys
 from luthier.errors import UserError
@@ -33,7 +34,7 @@ from luthier.model.model import Model
 from luthier.model.param import Param, Tree, map_spec
 from luthier.rollout import checks, programs
 from luthier.rollout.engine import Completion, Piece, Request, check_idle, drive
-from luthier.rollout.plan import Limits, Size, bucket, buckets, row_buckets
+from luthier.rollout.plan import Limits, Size, bucket, buckets
 from luthier.rollout.sampling import Settings
 from luthier.rollout.sequence import Sequence as Drawing
 from luthier.rollout.sequence import StopTexts
@@ -133,7 +134,7 @@ class LocalEngine:
         if size == old:
             return old
         self._hold(NOTHING, {})  # the old one is let go of, before the larger one is made
-        stored = cache.make(self._lines, size.rows + size.keepers, size.length, self.limits.dtype, self._mesh)
+        stored = cache.make(self._lines, size.stored, size.length, self.limits.dtype, self._mesh)
         self._hold(size, stored)
         return size
 
@@ -142,7 +143,9 @@ class LocalEngine:
         self._size, self._stored = size, stored
         ring = min(line.slots(size.length) for line in self._lines.values())
         self._slots: Slots[Drawing] = Slots.empty(size.rows, size.length, ring, size.keepers)
-        self._row_buckets = row_buckets(size, self._mesh)
+        # Rows that are split over devices stay where they are: all are worked on together.
+        split = mesh_lib.batch_shards(self._mesh) > 1
+        self._row_buckets = (size.rows,) if split else buckets(size.rows)
 
     def warm_up(self, *, longest: int | None = None, logprobs: bool = False) -> None:
         """Compile all that sampling takes, for a cache of the size reserved, so that no request waits for it.
@@ -270,7 +273,8 @@ class LocalEngine:
         self._place(let_in)
         if let_in and self._queue:  # samples of a prompt that was read just now, perhaps
             waiting = self._queue[0]
-            pair = self._slots.keep(waiting.prompt_T[:-1], waiting.adapter)
+            longest = len(waiting.prompt_T) - 1 + waiting.limit
+            pair = self._slots.keep(waiting.prompt_T[:-1], longest, waiting.adapter)
             self._copy([pair] if pair else [])
 
     def _place(self, let_in: list[Drawing]) -> None:

@@ -22,16 +22,21 @@ from luthier.model import cache
 MOST_ROWS = {"cpu": 32, "gpu": 256, "tpu": 256}  # beyond these, tokens a second hardly grow
 ROWS_FIRST, LENGTH_FIRST = 8, 4096
 SHARE = {"cpu": 0.25, "gpu": 0.8, "tpu": 0.8}  # of free memory, for the cache
-MANY = 16  # rows, of which one less hardly costs speed
+MANY = 16  # rows, beside which one more hardly costs memory, and of which one less hardly costs speed
 
 
 @dataclass(frozen=True)
 class Size:
-    """The cache's rows, and the tokens of each; and the ``keepers``, rows beside them that keep a prompt."""
+    """The cache's rows, and the tokens of each; and the ``keepers``, rows beside them that keep a prompt: 0 or 1."""
 
     rows: int
     length: int
     keepers: int = 0
+
+    @property
+    def stored(self) -> int:
+        """All rows that there is memory for."""
+        return self.rows + self.keepers
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Limits:
         """Return the size for this many sequences of this length at a time; None: as many, as long as there can be.
 
         A length that neither caller nor key asks for gives way to memory: it is halved until ``ROWS_FIRST`` sequences
-        fit, or it is at ``LENGTH_FIRST``. There are keepers where sequences wait whose prompts would be lost.
-        ``old`` is the cache that this one takes the place of. Raises UserError where not even one sequence fits.
+        fit, or it is at ``LENGTH_FIRST``. ``old`` is the cache that this one takes the place of. Raises UserError where
+        not even one sequence fits.
         """
         most = self.keys.max_num_seqs or MOST_ROWS[self._platform]
         shards, tokens = mesh_lib.batch_shards(self.mesh), self._length(length)
@@ -66,8 +71,12 @@ class Limits:
         rows = self._fitting(tokens, budget, wanted)
         if rows < 1:
             raise UserError(self._nothing_fits(tokens, budget))
-        size, waits = Size(rows, tokens), sequences is None or sequences > rows
-        return self._with_keepers(size, budget) if waits and self._forgets(tokens) else size
+        size = Size(rows, tokens)
+        if shards > 1 or rows < MANY or not self._forgets(tokens):
+            return size
+        if self._fitting(tokens, budget, rows + 1) > rows:
+            return replace(size, keepers=1)
+        return Size(rows - 1, tokens, 1) if rows < wanted else size
 
     def grown(self, old: Size, sequences: int | None, length: int | None) -> Size:
         """Return the size to which a cache is to grow for what is wanted, as in ``size``.
@@ -81,25 +90,17 @@ class Limits:
         try:
             size = self.size(sequences, length, old)
             if old.rows:
-                most = sequences and max(sequences, old.rows + old.keepers)
+                most = sequences and max(sequences, old.rows)
                 size = self.size(most, max(size.length, old.length), old)
         except UserError:
             if not (old.rows and long_enough):
                 raise
             return old
-        larger = size.rows > old.rows or size.length > old.length or size.keepers > old.keepers
-        return size if larger else old
+        return size if size.rows > old.rows or size.length > old.length else old
 
     def _forgets(self, length: int) -> bool:
         """Return whether a row that goes on loses its beginning: some layers keep a window alone."""
         return any(line.slots(length) < length for line in self.lines.values())
-
-    def _with_keepers(self, size: Size, budget: float) -> Size:
-        """Return the size with a keeper a device: beside the rows where memory allows, else one of many rows."""
-        keepers = mesh_lib.batch_shards(self.mesh)
-        if self._fitting(size.length, budget, size.rows + keepers) > size.rows:
-            return replace(size, keepers=keepers)
-        return Size(size.rows - keepers, size.length, keepers) if size.rows >= MANY * keepers else size
 
     @property
     def _platform(self) -> str:
@@ -125,7 +126,7 @@ class Limits:
         if self.keys.kv_cache_gib is not None:
             return self.keys.kv_cache_gib * GIB
         free = memory.available(self.mesh)
-        ours = self._bytes(old.length) * old.rows / mesh_lib.batch_shards(self.mesh) if old is not None else 0.0
+        ours = 0.0 if old is None else self._bytes(old.length) * old.stored / mesh_lib.batch_shards(self.mesh)
         return math.inf if free is None else SHARE[self._platform] * (free + ours)
 
     def _bytes(self, length: int) -> float:
@@ -158,15 +159,6 @@ def buckets(most: int) -> tuple[int, ...]:
     while sizes[-1] < most:
         sizes.append(min(most, 8 if sizes[-1] == 1 else 4 * sizes[-1]))
     return tuple(sizes)
-
-
-def row_buckets(size: Size, mesh: Mesh) -> tuple[int, ...]:
-    """Return the numbers of rows that tokens are drawn for at a time.
-
-    Rows that are split over devices stay where they are: all of the cache are worked on together.
-    """
-    split = mesh_lib.batch_shards(mesh) > 1
-    return (size.rows + size.keepers,) if split else buckets(size.rows)
 
 
 def bucket(sizes: tuple[int, ...], needed: int) -> int:

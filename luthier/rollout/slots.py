@@ -37,8 +37,8 @@ class Slots(Generic[S]):
     """``sequences[r]`` is what row r works on, None where it is free.
 
     ``tokens_RS`` are the tokens that rows hold, ``held_R`` how many (-1: not to be gone by) and ``adapter_R`` the
-    number of the adapter that read them; ``ring`` is the slots of the shortest line of the cache. Rows after those of
-    ``sequences`` never get one: the first of them is the keeper.
+    number of the adapter that read them; ``ring`` is the slots of the shortest line of the cache. A row after those of
+    ``sequences`` never gets one: it is the keeper.
     """
 
     sequences: list[S | None]
@@ -82,13 +82,14 @@ class Slots(Generic[S]):
         self.held_R[row], self.adapter_R[row] = len(tokens_T), adapter
         return Placement(row, source if kept else row, kept)
 
-    def keep(self, tokens_T: np.ndarray, adapter: int = 0) -> tuple[int, int] | None:
+    def keep(self, tokens_T: np.ndarray, longest: int, adapter: int = 0) -> tuple[int, int] | None:
         """Give these tokens to the keeper, where a row holds all of them; return that row and the keeper's.
 
-        None where no row does, there is no keeper, or it has them already.
+        None where no row does, there is no keeper or it has them already, or it would save nothing: the tokens are few,
+        or a ring holds as many as there will be in a row that begins with them, ``longest``.
         """
         keeper = len(self.sequences)
-        if keeper == len(self.held_R):
+        if keeper == len(self.held_R) or longest <= self.ring or len(tokens_T) < WORTH_COPYING:
             return None
         source, kept = self._longest_prefix(tokens_T, adapter, ())
         if kept < len(tokens_T) or self._common(tokens_T, adapter)[keeper] == len(tokens_T):

@@ -183,22 +183,22 @@ def test_pieces_make_up_the_completions() -> None:
 @kinds
 def test_a_prompt_is_read_once_for_all_its_samples(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where its samples have to wait, and the first have lost it when they come: in windows of 8 tokens."""
-    engine, _ = make(kind=kind)
+    engine, _ = make(KEYS.model_copy(update={"max_num_seqs": 16}), kind=kind)
     read: list[int] = []
     prefill = engine._prefill
     monkeypatch.setattr(
         engine, "_prefill", lambda items, *rest: (read.extend(len(i[1]) for i in items), prefill(items, *rest))
     )
     prompt = list(range(30))
-    done = list(engine.generate([Request(prompt, 9, Sampling(temperature=0, max_new_tokens=4))]))
+    done = list(engine.generate([Request(prompt, 21, Sampling(temperature=0, max_new_tokens=4))]))
     assert read == [29, 13]  # in chunks of 16
     assert len({tuple(c.tokens_T) for c in done}) == 1
     read.clear()
     list(engine.generate([Request([*prompt, 77, 78], 1, Sampling(max_new_tokens=4))]))
     assert read == [2 if kind == "gemma3-text" else 1]  # what follows goes on where the last ended, or the prompt
     read.clear()
-    several = prompts(6, seed=7)
-    list(engine.generate([Request(each, 3, Sampling(max_new_tokens=9 + 4 * i)) for i, each in enumerate(several)]))
+    several = [[100 + i, *range(17 + 4 * i)] for i in range(6)]
+    list(engine.generate([Request(each, 9, Sampling(max_new_tokens=9 + 4 * i)) for i, each in enumerate(several)]))
     assert sum(min(16, count) for count in read) == sum(len(each) - 1 for each in several)
 
 

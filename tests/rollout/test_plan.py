@@ -55,38 +55,56 @@ def test_a_context_that_nobody_asked_for_gives_way_to_memory() -> None:
     assert limits(long, kv_cache_gib=1, max_target_length=65_536).size(None, None) == Size(2, 65_536)
 
 
+WINDOWS = {"windows": Line(layers=8, heads=4, width=64, window=32)}  # 1/4 MiB
+
+
 @pytest.mark.parametrize(
-    ("most", "gib", "wanted", "size"),
+    ("rows_of_memory", "wanted", "size"),
     [
-        (4, None, (5, 100), Size(4, 128, 1)),
-        (4, None, (None, 100), Size(4, 128, 1)),
-        (4, None, (4, 100), Size(4, 128)),  # none waits
-        (4, None, (5, 64), Size(4, 64, 1)),
-        (4, None, (5, 16), Size(4, 16)),  # no row outgrows the window
-        (4, 4, (5, 128), Size(4, 128)),  # no memory beside few rows
-        (20, 18, (90, 128), Size(17, 128, 1)),
+        (99, (16, 100), Size(16, 128, 1)),
+        (99, (None, 100), Size(32, 128, 1)),
+        (99, (90, 16), Size(32, 16)),  # no row outgrows the window
+        (99, (15, 100), Size(15, 128)),  # one more would cost much
+        (15, (90, 100), Size(15, 128)),
+        (18, (90, 100), Size(17, 128, 1)),  # one of them
+        (18, (18, 100), Size(18, 128)),  # none waits
     ],
 )
-def test_a_row_beside_keeps_a_prompt_that_windows_lose(
-    most: int, gib: int | None, wanted: tuple[int | None, int], size: Size, monkeypatch: pytest.MonkeyPatch
+def test_a_row_beside_many_keeps_a_prompt_that_windows_lose(
+    rows_of_memory: int, wanted: tuple[int | None, int], size: Size
 ) -> None:
-    monkeypatch.setattr(memory, "available", lambda mesh: 4096.0 * MIB)
-    lines = LINES | {"windows": Line(layers=8, heads=4, width=64, window=32)}
     here = mesh.make(ModelKeys(), jax.devices()[:1])
-    bytes_ = gib and gib * 1.25 * MIB / 2**30  # 128 tokens and 32
-    keys = EngineKeys(max_num_seqs=most, kv_cache_gib=bytes_, max_target_length=wanted[1] if wanted[1] < 100 else 0)
-    assert Limits(keys, 1024, lines, jnp.bfloat16, here).size(*wanted) == size
+    gib = rows_of_memory * 1.25 * MIB / 2**30  # 128 tokens and 32
+    keys = EngineKeys(kv_cache_gib=gib, max_target_length=wanted[1] if wanted[1] < 100 else 0)
+    assert Limits(keys, 1024, LINES | WINDOWS, jnp.bfloat16, here).size(*wanted) == size
 
 
-def test_a_cache_gets_its_keeper_when_sequences_are_first_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available", lambda mesh: 4096.0 * MIB)
-    lines = {"windows": Line(layers=8, heads=4, width=64, window=32)}
+def test_rows_that_are_split_over_devices_have_none_beside() -> None:
     here = mesh.make(ModelKeys(), jax.devices()[:2])
-    found = Limits(EngineKeys(max_num_seqs=4), 1024, lines, jnp.bfloat16, here)
-    assert found.grown(Size(4, 128), 4, 128) == Size(4, 128)
-    assert found.grown(Size(4, 128), 5, 128) == Size(4, 128, 2)  # as many on each device
-    assert found.grown(Size(4, 128, 2), 9, 128) == Size(4, 128, 2)
-    assert found.grown(Size(4, 128, 2), 2, 128) == Size(4, 128, 2)
+    assert Limits(EngineKeys(kv_cache_gib=1), 1024, WINDOWS, jnp.bfloat16, here).size(32, 128) == Size(32, 128)
+
+
+def test_a_cache_with_a_row_beside_grows_with_it_and_is_not_made_anew_for_it() -> None:
+    here = mesh.make(ModelKeys(), jax.devices()[:1])
+    roomy, scarce = (
+        Limits(EngineKeys(kv_cache_gib=rows * MIB / 4 / 2**30), 1024, WINDOWS, jnp.bfloat16, here) for rows in (99, 18)
+    )
+    assert roomy.grown(Size(16, 128, 1), 3, 256) == Size(16, 256, 1)
+    assert roomy.grown(Size(16, 128, 1), 20, 128) == Size(20, 128, 1)
+    assert roomy.grown(Size(32, 128, 1), 90, 128) == Size(32, 128, 1)
+    size = scarce.grown(Size(0, 0), 30, 128)
+    assert size == Size(17, 128, 1)
+    for sequences in (18, 30, 18, 30):
+        before, size = size, scarce.grown(size, sequences, 128)
+    assert size == before
+
+
+def test_the_row_beside_makes_room_for_the_new_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda mesh: 0.0)
+    here = mesh.make(ModelKeys(), jax.devices()[:1])
+    found = Limits(EngineKeys(), 1024, WINDOWS, jnp.bfloat16, here)
+    assert found.size(None, 128, Size(63, 128)).rows == 15
+    assert found.size(None, 128, Size(63, 128, 1)) == Size(15, 128, 1)
 
 
 def test_the_old_cache_makes_room_for_the_new(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,23 +55,32 @@ def test_the_keeper_has_a_prompt_that_a_ring_has_lost() -> None:
     slots: Slots[str] = Slots.empty(2, 64, ring=16, keepers=1)
     slots.place("a", ids(range(30)), 1)
     assert slots.free == [1]
-    assert slots.keep(ids(range(30, 50)), 1) is None  # no row has it
-    assert slots.keep(ids(range(30))) is None
-    assert slots.keep(ids(range(30)), 1) == (0, 2)
-    assert slots.keep(ids(range(30)), 1) is None  # it has that already
+    assert slots.keep(ids(range(30, 50)), 40, 1) is None  # no row has it
+    assert slots.keep(ids(range(30)), 40) is None
+    assert slots.keep(ids(range(30)), 40, 1) == (0, 2)
+    assert slots.keep(ids(range(30)), 40, 1) is None  # it has that already
     slots.append(0, ids(range(50, 55)))
     assert slots.place("b", ids(range(30)), 1) == Placement(1, 2, 30)
     assert slots.free == []
     slots.sequences[1] = None
     slots.forget()
-    assert slots.keep(ids(range(30)), 1) is None
+    assert slots.keep(ids(range(30)), 40, 1) is None
     assert slots.place("c", ids(range(30)), 1) == Placement(1, 1, 0)
 
 
 def test_no_prompt_is_kept_without_a_keeper() -> None:
     slots: Slots[str] = Slots.empty(2, 64, 16)
     slots.place("a", ids(range(30)))
-    assert slots.keep(ids(range(30))) is None
+    assert slots.keep(ids(range(30)), 40) is None
+
+
+def test_no_prompt_is_kept_that_a_ring_does_not_lose_or_is_soon_read() -> None:
+    slots: Slots[str] = Slots.empty(2, 64, ring=32, keepers=1)
+    slots.place("a", ids(range(30)))
+    slots.place("b", ids(range(15)))
+    assert slots.keep(ids(range(30)), 32) is None
+    assert slots.keep(ids(range(15)), 40) is None
+    assert slots.keep(ids(range(30)), 33) == (0, 2)
 
 
 def test_what_another_adapter_has_read_is_not_gone_on_from() -> None:
