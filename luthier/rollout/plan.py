@@ -58,8 +58,11 @@ class Limits:
         """Return the size for this many sequences of this length at a time; None: as many, as long as there can be.
 
         A length that neither caller nor key asks for gives way to memory: it is halved until ``ROWS_FIRST`` sequences
-        fit, or it is at ``LENGTH_FIRST``. ``old`` is the cache that this one takes the place of. Raises UserError where
-        not even one sequence fits.
+        fit, or it is at ``LENGTH_FIRST``. ``MANY`` rows that lose what they begin with get a keeper: one more, or where
+        memory is short for all that are wanted, one of them. Rows that are split over devices get none, since a token
+        is drawn in all of them. ``old`` is the cache that this one takes the place of.
+
+        Raises UserError where not even one sequence fits.
         """
         most = self.keys.max_num_seqs or MOST_ROWS[self._platform]
         shards, tokens = mesh_lib.batch_shards(self.mesh), self._length(length)
