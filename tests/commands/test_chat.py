@@ -475,10 +475,19 @@ class Person:
         self.unread = self.unread.split(what, 1)[1]
 
     def type(self, keys: str) -> None:
-        """Wait for the prompt, and for the terminal to be set to read a line, and type."""
+        """Wait for the prompt, and for the program to read a line, and type."""
         self.wait_for("> ")
-        time.sleep(0.3)
+        self.settle()
         os.write(self._ours, keys.encode())
+
+    def settle(self) -> None:
+        """Wait until the main thread sleeps, as it does where it waits for a key, however busy the machine is."""
+        stat, deadline, sleeps = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + 120, 0
+        while sleeps < 5:
+            assert time.monotonic() < deadline, self.seen
+            time.sleep(0.05)
+            # Where there is no such file, the time alone has to do.
+            sleeps = sleeps + 1 if not stat.exists() or stat.read_text().rpartition(") ")[2][0] == "S" else 0
 
     def press(self, key: str) -> None:
         """Press a key at once."""
@@ -505,7 +514,7 @@ def test_a_terminal_streams_stops_and_is_left(tmp_path):
     person.wait_for("The system message is set")
     person.type("not sent")
     person.wait_for("not sent")
-    time.sleep(0.3)  # readline takes up a signal while it waits, not while it reads what came with it
+    person.settle()  # readline takes up a signal while it waits, not while it reads what came with it
     person.press("\x03")
     person.wait_for("Ctrl-C again, Ctrl-D or /exit leaves.")
     person.type("\x04")
