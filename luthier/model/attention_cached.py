@@ -44,7 +44,10 @@ def cached(
     def block(number: jax.Array, so_far: Softmax) -> Softmax:
         keys, values = past.read(number, v_BTKH.shape[-1])
         positions_BS = past.positions(number)
-        allowed_BTS = jnp.broadcast_to((positions_BS >= 0)[:, None], (B, T, positions_BS.shape[1]))
+        held_BS = positions_BS >= 0
+        # What an ended sequence left may be NaN where its numbers overflowed, which a weight of 0 would let through.
+        values = jnp.where(held_BS[:, None, :, None], values, 0)
+        allowed_BTS = jnp.broadcast_to(held_BS[:, None], (B, T, held_BS.shape[1]))
         if window is not None:
             allowed_BTS &= queries_BT[:, :, None] - positions_BS[:, None] < window
         allowed = jnp.repeat(allowed_BTS, group, axis=1)[:, None]

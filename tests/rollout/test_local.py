@@ -232,6 +232,19 @@ def test_new_weights_forget_what_was_read() -> None:
     np.testing.assert_allclose(done.softmax_logp_T, scored(changed, list(range(20)), done.tokens_T), atol=1e-4)
 
 
+@pytest.mark.usefixtures("one_device")
+@slow_latent
+def test_what_overflowed_in_a_row_does_not_reach_the_next_in_it(kind: str) -> None:
+    (engine, _), (fresh, _) = (make(kind=kind) for _ in range(2))
+    requests = [Request(prompt, 1, Sampling(seed=5, max_new_tokens=9)) for prompt in prompts(5)]
+    for each in (engine, fresh):
+        each.reserve(5, 64)
+    engine._stored = jax.tree.map(lambda kept: jnp.full_like(kept, jnp.nan), engine._stored)
+    for after, wanted in zip(engine.generate(requests), fresh.generate(requests), strict=True):
+        assert (after.request, after.tokens_T.tolist()) == (wanted.request, wanted.tokens_T.tolist())
+        np.testing.assert_array_equal(after.logp_T, wanted.logp_T)
+
+
 def test_copying_a_row_does_not_gather_the_cache() -> None:
     engine, _ = make(devices=8)
     with mesh.use(engine._mesh):
