@@ -41,8 +41,9 @@ demo: $(VENV)/.demo
 demo-rl: $(VENV)/.demo
 	@$(BIN)/python recipes/demo_rl.py
 
+# LLVM's optimising would take a third of the time. The slow tests run what users run.
 test: $(VENV)/.test
-	$(PYTEST)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(PYTEST)
 
 test-slow: $(VENV)/.slow
 	$(PYTEST) -m "slow and not exhaustive"

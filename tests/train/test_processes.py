@@ -182,7 +182,7 @@ def test_a_killed_process_ends_the_others_which_say_so(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("count", "kills"), [(1, 10), *(pytest.param(count, 30, marks=pytest.mark.exhaustive) for count in (1, 2))]
+    ("count", "kills"), [(1, 5), *(pytest.param(count, 30, marks=pytest.mark.exhaustive) for count in (1, 2))]
 )
 def test_kills_at_random_leave_the_same_run(
     tmp_path: Path, one_layer: Path, tiny_rows: Path, count: int, kills: int
